@@ -1,0 +1,299 @@
+"""What a run has learned: probe, KL, active units, likelihoods and mutual information.
+
+python evaluate.py runs/digits-lvae-rl-0
+python evaluate.py runs/digits-lvae-rl-0 --json --mine
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import joblib
+import numpy as np
+import torch
+from sklearn.multiclass import OneVsOneClassifier
+from sklearn.svm import LinearSVC
+from torch import Tensor
+
+import mine
+import models
+import rewards
+from data import Data, UserError, binarize, in_order, load, pick_device, to_unit
+
+CHECKPOINT = "checkpoint.pt"
+FORMAT = 1  # of checkpoints
+
+
+# --------------------------------------------------------------------------------------------------
+# Representations and the probe
+
+
+@torch.no_grad()
+def representations(model: models.Hierarchy, images: Tensor, sample: bool = False) -> list[Tensor]:
+    """Each level's representation (N, D) of uint8 images, bottom to top, on the images' device.
+
+    The posterior mean given the means of the levels it is conditioned on, of the grey image; with
+    `sample` a sample of the posterior instead.
+    """
+    batches = [model.infer(to_unit(b), sample=sample).latents for b in in_order(images)]
+    return [torch.cat(level).flatten(1) for level in zip(*batches, strict=True)]
+
+
+def linear_probe(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
+) -> float:
+    """Test accuracy in percent of a one-versus-one linear SVM on representations (N, D).
+
+    Standardised on the training split, but a dimension with a variance below 0.01, the usual
+    threshold of an inactive unit, is only centred: blown up to unit variance, the rounding noise of
+    a fully collapsed level (standard deviation 1e-4) still reads as some classes.
+    """
+    mean, std = train.mean(axis=0), np.maximum(train.std(axis=0), 0.1)
+    with joblib.parallel_config("threading", n_jobs=os.cpu_count()):
+        svm = OneVsOneClassifier(LinearSVC(dual=False), n_jobs=os.cpu_count())
+        svm.fit((train - mean) / std, train_labels)
+    return 100 * float(svm.score((test - mean) / std, test_labels))
+
+
+def probes(model: models.Hierarchy, data: Data) -> dict[str, float]:
+    """The probe of each level and of all levels together: {"z1": ..., "zL": ..., "all": ...}."""
+    train = [r.cpu().double().numpy() for r in representations(model, data.train)]
+    test = [r.cpu().double().numpy() for r in representations(model, data.test)]
+    labels = data.train_labels.cpu().numpy(), data.test_labels.cpu().numpy()
+    views = {f"z{level + 1}": (train[level], test[level]) for level in range(model.levels)}
+    views["all"] = np.concatenate(train, axis=1), np.concatenate(test, axis=1)
+    return {name: linear_probe(a, labels[0], b, labels[1]) for name, (a, b) in views.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Likelihoods and divergences
+
+
+def bits_per_dimension(nats: float, dims: int) -> float:
+    """-log p(x) / (dims ln 2) from log p(x) in nats."""
+    return -nats / (dims * math.log(2))
+
+
+def active_units(representation: Tensor, threshold: float = 0.01) -> int:
+    """Dimensions of (N, D) posterior means whose variance over the data exceeds the threshold."""
+    return int((representation.var(dim=0, unbiased=False) > threshold).sum())
+
+
+@torch.no_grad()
+def densities(model: models.Hierarchy, images: Tensor, samples: int = 0, seed: int = 0) -> dict:
+    """Means over binarised images, nats: "kl" and "log_px_given_z" per level, "elbo", "iwae".
+
+    One posterior sample an image, skip paths by the prior means; "iwae" is the importance-weighted
+    bound with `samples` samples, None where that is 0. The caller's random state is untouched.
+    """
+    devices = [images.device] if images.device.type == "cuda" else []
+    kl, log_px, iwae = [], [], []
+    every = [slice(None)] * model.levels
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for batch in in_order(images):
+            x = binarize(batch)
+            inference = model.infer(x)
+            kl.append(rewards.level_kl(inference))
+            paths = rewards.skip_log_likelihood(model, x, inference, every)
+            log_px.append(paths.view(model.levels, -1))
+            if samples:
+                iwae.append(rewards.importance_weighted_bound(model, x, samples))
+    kl, log_px = torch.cat(kl, dim=1).double(), torch.cat(log_px, dim=1).double()
+    return {
+        "kl": kl.mean(dim=1).tolist(),
+        "log_px_given_z": log_px.mean(dim=1).tolist(),
+        "elbo": (log_px[0] - kl.sum(dim=0)).mean().item(),
+        "iwae": torch.cat(iwae).double().mean().item() if samples else None,
+    }
+
+
+def level_information(model: models.Hierarchy, data: Data, level: int, seed: int = 0) -> dict:
+    """MINE between grey images and posterior samples of a level: trained on the training split,
+    measured on the test split; {"nats", "ceiling"}."""
+    devices = [data.train.device] if data.train.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        z = representations(model, data.train, sample=True)[level]
+        z_test = representations(model, data.test, sample=True)[level]
+    held_out = to_unit(data.test), z_test
+    estimate = mine.mutual_information(to_unit(data.train), z, held_out, seed=seed)
+    return {"nats": estimate.nats, "ceiling": estimate.ceiling}
+
+
+# --------------------------------------------------------------------------------------------------
+# A run
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint of a run's folder or a checkpoint file; UserError says what is wrong with it."""
+    path = path / CHECKPOINT if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no run at {path}: name a folder that train.py has written")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = type(error).__name__
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason}): train again") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this version of train.py: train again")
+    return state
+
+
+def restore_model(state: dict) -> models.Hierarchy:
+    """The model of a checkpoint, on the CPU."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()}
+    try:
+        model = models.build(models.Config(**fields))
+        model.load_state_dict(state["model"])
+    except (TypeError, RuntimeError, ValueError, KeyError):
+        raise UserError("the checkpoint's model is not one that models.py builds") from None
+    return model
+
+
+def evaluate(
+    model: models.Hierarchy, data: Data, samples: int = 16, mine_levels: tuple[int, ...] = ()
+) -> dict:
+    """All measures of a model on a data set, as README.md lists them. `mine_levels` are 0-based.
+
+    Percentages from 0 to 100, nats per image; kl, active_units and log_px_given_z bottom to top.
+    """
+    result = {"probe": probes(model, data), **densities(model, data.test, samples)}
+    result["active_units"] = [active_units(r) for r in representations(model, data.test)]
+    result["iwae_samples"] = samples
+    result["bpd"] = bits_per_dimension(result["elbo"], data.test[0].numel())
+    result["mine"] = {
+        f"z{level + 1}": level_information(model, data, level) for level in mine_levels
+    }
+    return result
+
+
+def report(run: Path, config: dict, epoch: int, model, data: Data, *options) -> dict:
+    """`evaluate` with what was trained, as --json prints it and eval.json keeps it."""
+    about = {"run": str(run), "epoch": epoch} | {k: config[k] for k in ("dataset", "arch", "rl")}
+    return about | evaluate(model, data, *options)
+
+
+def glance(model: models.Hierarchy, data: Data) -> dict:
+    """A cheap look during training: KL and ELBO of the test split, and the probe of z_L fitted on
+    10,000 training images."""
+    splits = (data.train[:10_000], data.train_labels[:10_000]), (data.test, data.test_labels)
+    views = []
+    for images, labels in splits:
+        views += [representations(model, images)[-1].cpu().double().numpy(), labels.cpu().numpy()]
+    measured = densities(model, data.test)
+    return {"probe": linear_probe(*views), "kl": measured["kl"], "elbo": measured["elbo"]}
+
+
+def table(result: dict) -> str:
+    """The evaluation as text, the top level first, as the hierarchies are drawn."""
+    lines = [f"{'level':>6} {'probe %':>8} {'KL':>8} {'active':>7} {'log p(x|z)':>11} {'MINE':>14}"]
+    for level in reversed(range(len(result["kl"]))):
+        name = f"z{level + 1}"
+        information = result["mine"].get(name)
+        lines.append(
+            f"{name:>6} {result['probe'][name]:8.2f} {result['kl'][level]:8.3f} "
+            f"{result['active_units'][level]:7d} {result['log_px_given_z'][level]:11.2f} "
+            + (
+                f"{information['nats']:6.2f} (≤ {information['ceiling']:.2f})"
+                if information
+                else ""
+            )
+        )
+    lines[1:] = [line.rstrip() for line in lines[1:]]
+    if not result["mine"]:
+        lines[0] = lines[0].removesuffix(f" {'MINE':>14}")
+    iwae = "" if result["iwae"] is None else (
+        f"  importance-weighted bound ({result['iwae_samples']} samples) {result['iwae']:.2f} nats"
+    )  # fmt: skip
+    lines.append(f"{'all':>6} {result['probe']['all']:8.2f} {sum(result['kl']):8.3f}")
+    lines.append(f"ELBO {result['elbo']:.2f} nats{iwae}  bpd {result['bpd']:.4f} (of the ELBO)")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def writing(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Gives a path to write to, renamed to `path` at the end: that file is whole or as it was.
+
+    With replace=False it gives `path` itself. UserError where the disk does not take it.
+    """
+    beside = path.with_name(path.name + ".tmp") if replace else path
+    try:
+        yield beside
+        if replace:
+            os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        if replace:
+            beside.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        kept = "what was there before is kept; " if path.exists() else ""
+        raise UserError(
+            f"cannot write {path} ({reason}): {kept}make room or name another folder"
+        ) from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    with writing(path) as beside:
+        beside.write_text(json.dumps(content) + "\n")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a folder that train.py has written")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    parser.add_argument("--data-dir", help="where the data sets are (default: as in training)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--out", type=Path, help="write the JSON object to this file as well")
+    parser.add_argument(
+        "--samples", type=int, default=16, help="of the importance-weighted bound (default 16)"
+    )
+    parser.add_argument("--mine", action="store_true", help="mutual information of x and z_L")
+    parser.add_argument("--mine-levels", help="or of these levels, 1 the lowest: 1,5")
+    args = parser.parse_args(argv)
+    try:
+        print(json.dumps(run(args)) if args.json else table(run(args)))
+    except UserError as error:
+        parser.error(str(error))
+
+
+def run(args: argparse.Namespace) -> dict:
+    """The evaluation that the command line asks for, written to --out where given."""
+    if args.samples < 1:
+        raise UserError(f"--samples {args.samples}: the bound needs at least 1")
+    state = load_checkpoint(args.run)
+    config = state["config"]
+    model = restore_model(state)
+    levels = []
+    if args.mine_levels:
+        for part in args.mine_levels.split(","):
+            if not part.strip().isdigit() or not 1 <= int(part) <= model.levels:
+                raise UserError(f"--mine-levels {part!r}: name levels from 1 to {model.levels}")
+            levels.append(int(part) - 1)
+    elif args.mine:
+        levels = [model.levels - 1]
+    device = pick_device(args.device)
+    data = load(config["dataset"], args.data_dir or config["data_dir"]).to(device)
+    if tuple(data.train.shape[1:]) != tuple(model.config.image):
+        raise UserError(f"{args.run} was trained on other images than {config['dataset']} now has")
+    model = model.to(device)
+    result = report(args.run, config, state["epoch"], model, data, args.samples, tuple(levels))
+    if args.out:
+        write_json(args.out, result)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Objectives for hierarchical VAEs: the ELBO, and the skip-generative reward with its Q-value.
+
+    An, Li, et al.: Improving Unsupervised Hierarchical Representation with Reinforcement Learning,
+    CVPR 2024. Equation numbers are the paper's.
+
+A model is anything with `levels`, `order`, `infer(x)`, `decode(starts, skip)` as models.py
+describes them; nothing here asks which architecture it is. Steps t count from 0 in the order of
+inference: step t infers level order[t]. Values are per image, in nats, to be maximised; the
+`*_loss` functions give what an optimiser minimises.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+
+class Loss(NamedTuple):
+    value: Tensor  # scalar, to be minimised
+    kl: Tensor  # (L,) mean over the batch of each level's KL, bottom to top, unweighted, detached
+
+
+def level_kl(inference) -> Tensor:
+    """(L, B): KL of each level's posterior from its prior given the sample above."""
+    pairs = zip(inference.posteriors, inference.priors, strict=True)
+    return torch.stack([kl_divergence(q, p) for q, p in pairs])
+
+
+def weigh_kl(kl: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
+    """(L, B) KL as the objective counts it: beta max(free_bits, KL).
+
+    Free bits are nats a level (Kingma et al. 2016): while a level's mean over the batch is below,
+    it counts as that constant and has no gradient.
+    """
+    if free_bits > 0:
+        kl = torch.where(kl.mean(dim=1, keepdim=True) < free_bits, free_bits, kl)
+    return beta * kl
+
+
+def skip_log_likelihood(model, x: Tensor, inference, rows: list, skip: str = "mean") -> Tensor:
+    """log p(x|z_l) by the skip path of each level's posterior sample, Eq. 24's first term.
+
+    `rows[l]` selects the images whose level l is decoded: an index tensor, `slice(None)` for all,
+    None for none. Returns one row a path, the lowest level's first.
+
+    The first step of a path, the prior of the level below, is what the KL needs too and stands in
+    `inference` already; the rest of all paths is one batched descent.
+    """
+    starts: list[list[Tensor]] = [[] for _ in range(model.levels)]
+    for level, selected in enumerate(rows):
+        if selected is None:
+            continue
+        if level == 0:
+            starts[0].append(inference.latents[0][selected])
+        else:
+            prior = inference.priors[level - 1]
+            z = prior.mean if skip == "mean" else prior.rsample()
+            starts[level - 1].append(z[selected])
+    pixels = model.decode([torch.cat(s) if s else None for s in starts], skip)
+    return pixels.log_prob(torch.cat([x[s] for s in rows if s is not None]))
+
+
+def rewards(model, x: Tensor, inference, start: int = 0, skip: str = "mean", **kl_terms) -> Tensor:
+    """(T - start, B): the rewards r_t of steps `start` to the last, Eq. 24.
+
+    r_t = log p(x|z^t) - sum_{s<=t} KL_s. `kl_terms` are `beta` and `free_bits` of `weigh_kl`.
+    """
+    order = list(model.order)
+    wanted = order[start:]
+    rows = [slice(None) if level in wanted else None for level in range(model.levels)]
+    log_px = skip_log_likelihood(model, x, inference, rows, skip).view(len(wanted), -1)
+    position = {level: i for i, level in enumerate(sorted(wanted))}
+    log_px = log_px[[position[level] for level in wanted]]
+    kl = weigh_kl(level_kl(inference), **kl_terms)
+    return log_px - kl[order].cumsum(dim=0)[start:]
+
+
+def q_value(rewards: Tensor, gamma: float) -> Tensor:
+    """(B,): Q_t = sum_{i>=t} gamma^(i-t) r_i (Eq. 26) from the rewards (T-t, B) of steps t on."""
+    return sum(gamma**i * reward for i, reward in enumerate(rewards))
+
+
+def path_weights(steps: int, gamma: float) -> list[float]:
+    """w_i with sum_t Q_t = sum_i w_i r_i: w_i = sum_{t<=i} gamma^(i-t)."""
+    return [sum(gamma**k for k in range(i + 1)) for i in range(steps)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses: functions of the model and a batch x (B, C, H, W)
+
+
+def elbo(model, x: Tensor, **kl_terms) -> tuple[Tensor, Tensor]:
+    """(B,) evidence lower bound (Eq. 5 and 6) with one sample, and the KL of each level (L, B)."""
+    inference = model.infer(x)
+    rows = [slice(None)] + [None] * (model.levels - 1)
+    kl = level_kl(inference)
+    log_px = skip_log_likelihood(model, x, inference, rows)
+    return log_px - weigh_kl(kl, **kl_terms).sum(dim=0), kl
+
+
+def elbo_loss(model, x: Tensor, **kl_terms) -> Loss:
+    value, kl = elbo(model, x, **kl_terms)
+    return Loss(-value.mean(), kl.detach().mean(dim=1))
+
+
+def stepwise_loss(model, x: Tensor, step: int, gamma: float, skip="mean", **kl_terms) -> Loss:
+    """-Q_step: one of the T updates that Algorithm 1 makes with a batch, each inferring afresh."""
+    inference = model.infer(x)
+    r = rewards(model, x, inference, step, skip, **kl_terms)
+    return Loss(-q_value(r, gamma).mean(), level_kl(inference).detach().mean(dim=1))
+
+
+def joint_loss(model, x: Tensor, gamma: float, skip: str = "mean", **kl_terms) -> Loss:
+    """-sum_t Q_t, the whole gradient of Eq. 28 in one update."""
+    inference = model.infer(x)
+    r = rewards(model, x, inference, 0, skip, **kl_terms)
+    total = sum(w * reward for w, reward in zip(path_weights(len(r), gamma), r, strict=True))
+    return Loss(-total.mean(), level_kl(inference).detach().mean(dim=1))
+
+
+def path_counts(images: int, weights: list[float]) -> list[int]:
+    """How many of a batch's images go along each path: in proportion to the weights, at least 1.
+
+    Raises ValueError where there are fewer images than paths.
+    """
+    if images < len(weights):
+        raise ValueError(f"{images} images cannot be shared among {len(weights)} paths")
+    spare, total = images - len(weights), sum(weights)
+    wanted = [max(0.0, images * w / total - 1) for w in weights]
+    shares = [spare * w / sum(wanted) if spare else 0.0 for w in wanted]
+    counts = [1 + math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: math.floor(shares[i]) - shares[i])
+    for i in by_remainder[: images - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def sampled_loss(
+    model,
+    x: Tensor,
+    gamma: float,
+    skip: str = "mean",
+    permutation: Tensor | None = None,
+    **kl_terms,
+) -> Loss:
+    """An unbiased estimate of `joint_loss` at about the price of the ELBO: one path an image.
+
+    The batch is shuffled (by `permutation`, drawn if None) and divided among the steps: n_i of B
+    images take step i's path, n_i nearly B w_i / W, and their rewards count w_i B / n_i. So every
+    image has the same chance n_i / B of each path, and the expectation of its term is
+    sum_i w_i r_i. Fixed counts keep every shape fixed. A batch smaller than the number of levels
+    takes all paths.
+    """
+    images, steps = len(x), model.levels
+    if images < steps:
+        return joint_loss(model, x, gamma, skip, **kl_terms)
+    weights = path_weights(steps, gamma)
+    counts = path_counts(images, weights)
+    if permutation is None:
+        permutation = torch.randperm(images, device=x.device)
+    rows_of_step = permutation.split(counts)
+    inference = model.infer(x)
+    step_of_level = {level: step for step, level in enumerate(model.order)}
+    rows = [rows_of_step[step_of_level[level]] for level in range(model.levels)]
+    log_px = skip_log_likelihood(model, x, inference, rows, skip)
+    kl = level_kl(inference)
+    kl_until = weigh_kl(kl, **kl_terms)[list(model.order)].cumsum(dim=0)  # (T, B) sum_{s<=t} KL_s
+    total = 0.0
+    for level, level_log_px in enumerate(log_px.split([len(r) for r in rows])):
+        step = step_of_level[level]
+        reward = level_log_px - kl_until[step, rows[level]]
+        total = total + weights[step] * reward.mean()  # mean: w_i B/n_i, over B images
+    return Loss(-total, kl.detach().mean(dim=1))
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def importance_weighted_bound(model, x: Tensor, samples: int, at_once: int = 1024) -> Tensor:
+    """(B,): log (1/K) sum_k p(x, z^k) / q(z^k|x), K = `samples` (Burda et al. 2016), in nats.
+
+    A lower bound of log p(x) that is the ELBO at K = 1 and rises to log p(x) with K. About
+    `at_once` images and samples are inferred in one batch.
+    """
+    if samples < 1:
+        raise ValueError(f"{samples} samples: the bound needs at least 1")
+    per_pass = max(1, min(samples, at_once // max(1, len(x))))
+    log_weights = []
+    for done in range(0, samples, per_pass):
+        k = min(per_pass, samples - done)
+        repeated = x.repeat(k, *[1] * (x.dim() - 1))
+        posteriors, priors, latents = inference = model.infer(repeated)
+        rows = [slice(None)] + [None] * (model.levels - 1)
+        log_w = skip_log_likelihood(model, repeated, inference, rows)
+        for q, p, z in zip(posteriors, priors, latents, strict=True):
+            log_w = log_w + p.log_prob(z) - q.log_prob(z)
+        log_weights.append(log_w.view(k, len(x)))
+    return torch.cat(log_weights).logsumexp(dim=0) - math.log(samples)

@@ -1,0 +1,1161 @@
+"""Everything is tested here, against independent truths: python -m pytest test_all.py
+
+Tests of real data look in the folder that DATA_DIR names, and for FashionMNIST in Debian's too.
+"""
+
+import gzip
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch.distributions import Independent, Normal, kl_divergence
+
+import data
+import evaluate
+import mine
+import models
+import rewards
+import train
+
+HERE = Path(__file__).parent
+ARCHS = ("hvae", "lvae")
+LATENTS = {1: ("3",), 2: ("2c", "3"), 3: ("2c", "4", "3"), 5: ("2c", "5", "4", "3", "2")}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny(arch: str, levels: int, dtype: torch.dtype = torch.float64) -> models.Hierarchy:
+    """A hierarchy of 8x8 images whose levels all have different shapes."""
+    config = models.Config(
+        arch=arch,
+        image=(1, 8, 8),
+        latents=LATENTS[levels],
+        channels=4,
+        kernels=(3,) * levels,
+        strides=(1, 2, 1, 2, 1)[:levels],
+        blocks=1,
+        patch=2,
+    )
+    return models.build(config).to(dtype)
+
+
+def images(n: int, size: int = 8, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return (torch.rand(n, 1, size, size) < 0.4).to(dtype)
+
+
+def gradients(value: torch.Tensor, model: torch.nn.Module) -> list[torch.Tensor]:
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def assert_same(a, b, rtol: float = 1e-9) -> None:
+    torch.testing.assert_close(a, b, rtol=rtol, atol=1e-9)
+
+
+@pytest.fixture
+def fixed_noise(monkeypatch):
+    """Samples use one noise vector a latent shape, the same for every row and every path."""
+    noise: dict[tuple, torch.Tensor] = {}
+
+    def rsample(self, sample_shape=()):
+        shape = tuple(self.loc.shape[1:])
+        noise.setdefault(shape, torch.randn(shape, dtype=torch.float64))
+        return self.loc + self.scale * noise[shape].to(self.loc.dtype)
+
+    monkeypatch.setattr(Normal, "rsample", rsample)
+    return noise
+
+
+# --------------------------------------------------------------------------------------------------
+# models.py
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("levels", range(1, 11))
+def test_every_number_of_levels(arch, levels):
+    """--levels N gives 8 at the top, doubling downwards, at most 128; the small preset has 5."""
+    config = models.configure(arch, "small", levels=levels)
+    rule = ["8", "16", "32", "64", "128"] + ["128"] * 5
+    expected = tuple(reversed(rule[:levels])) if levels != 5 else ("8c", "64", "32", "16", "8")
+    assert config.latents == expected
+    model = models.build(config)
+    posteriors, priors, latents = model.infer(images(2, 28, torch.float32))
+    assert len(posteriors) == len(priors) == len(latents) == model.levels == levels
+    for level, z in enumerate(latents):
+        assert z.shape == (2, *model.latent_shapes[level]) == posteriors[level].mean.shape
+    assert model.likelihood(latents[0]).mean.shape == (2, 1, 28, 28)
+
+
+def test_presets():
+    paper = models.configure("lvae", "paper")
+    assert paper.latents == ("128", "64", "32", "16", "8") and paper.channels == 64
+    assert (paper.kernels, paper.strides) == ((5, 3, 3, 3, 3), (2, 2, 1, 1, 1))
+    model = models.build(paper)
+    assert model.sizes == [28, 14, 7, 7, 7, 7]
+    assert len(model.encoder[0]) == 3  # residual blocks a level
+    assert model.infer(images(2, 28, torch.float32)).latents[0].shape == (2, 128)
+    small = models.build(models.configure("hvae", "small"))
+    assert small.latent_shapes == [(8, 7, 7), (64,), (32,), (16,), (8,)]
+    assert models.configure("vae").latents == ("8",)
+    assert models.configure("lvae", latents="4c, 2").latents == ("4c", "2")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_order_of_inference(arch):
+    """z^t = z_t bottom-up, z_{L-t+1} top-down (section 2.1)."""
+    expected = (0, 1, 2, 3, 4) if arch == "hvae" else (4, 3, 2, 1, 0)
+    assert tiny(arch, 5).order == expected
+
+
+def infer_given(model, x, given, monkeypatch):
+    """The posteriors when level l's sample is the given value."""
+    queue = [given[level] for level in model.order]
+    with monkeypatch.context() as patch:
+        patch.setattr(Independent, "rsample", lambda self, shape=(): queue.pop(0))
+        return model.infer(x).posteriors
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_posterior_is_conditioned_on_x_and_on_the_neighbouring_sample_alone(arch, monkeypatch):
+    """Eq. 1: q(z_l|z_{l-1}, x) and Eq. 2: q(z_l|z_{l+1}, x), mean and scale."""
+    model, x = tiny(arch, 5), images(3).requires_grad_()
+    z = [torch.randn(3, *shape, dtype=torch.float64) for shape in model.latent_shapes]
+    z = [value.requires_grad_() for value in z]
+    posteriors = infer_given(model, x, z, monkeypatch)
+    neighbour = -1 if arch == "hvae" else 1
+    for level in range(5):
+        normal = posteriors[level].base_dist
+        for parameter in (normal.loc, normal.scale):
+            by_x, *by_z = torch.autograd.grad(
+                parameter.sum(), [x, *z], allow_unused=True, retain_graph=True
+            )
+            assert by_x.abs().max() > 1e-6
+            for other in range(5):
+                if other == level + neighbour:
+                    assert by_z[other].abs().max() > 1e-6
+                else:
+                    assert by_z[other] is None or by_z[other].abs().max() == 0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_markov_given_a_level_nothing_above_reaches_the_pixels(arch):
+    model = tiny(arch, 5)
+    z = [torch.randn(3, *s, dtype=torch.float64) for s in model.latent_shapes]
+    for level in range(5):
+        before = model.decode([v if k == level else None for k, v in enumerate(z)]).mean
+        model.infer(images(3))  # nothing of an inference stays behind
+        for above in range(level + 1, 5):  # what is above is another image's
+            model.prior(above - 1, z[above] + 1)
+        assert torch.equal(
+            before, model.decode([v if k == level else None for k, v in enumerate(z)]).mean
+        )
+        if level < 4:  # the prior depends on the sample above, and on nothing higher
+            moved = model.prior(level, z[level + 1] + 1).mean
+            assert (moved - model.prior(level, z[level + 1]).mean).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_priors_of_inference_are_those_given_the_sample_above(arch):
+    model, x = tiny(arch, 5), images(3)
+    _, priors, latents = model.infer(x)
+    for level in range(4):
+        expected = model.prior(level, latents[level + 1])
+        assert_same(priors[level].mean, expected.mean)
+        assert_same(priors[level].base_dist.scale, expected.base_dist.scale)
+    assert (priors[4].mean == 0).all() and (priors[4].base_dist.scale == 1).all()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("skip", ["mean", "sample"])
+def test_one_descent_equals_paths_one_by_one(arch, skip, fixed_noise):
+    model = tiny(arch, 5)
+    starts = [torch.randn(n, *s, dtype=torch.float64)
+              for n, s in zip((2, 1, 3, 1, 2), model.latent_shapes, strict=True)]  # fmt: skip
+    starts[1] = None
+    one_by_one = []
+    for level, z in enumerate(starts):
+        if z is None:
+            continue
+        for row in z.split(1):
+            for below in reversed(range(level)):
+                prior = model.prior(below, row)
+                row = prior.mean if skip == "mean" else prior.rsample()
+            one_by_one.append(model.likelihood(row).mean)
+    assert_same(model.decode(starts, skip).mean, torch.cat(one_by_one))
+
+
+def test_representation_is_the_mean_given_means(monkeypatch):
+    for arch in ARCHS:
+        model, x = tiny(arch, 3), images(4)
+        posteriors, _, latents = model.infer(x, sample=False)
+        for q, z in zip(posteriors, latents, strict=True):
+            assert torch.equal(q.mean, z)
+        again = infer_given(model, x, latents, monkeypatch)
+        assert_same(torch.stack([q.mean.sum() for q in again]),
+                    torch.stack([z.sum() for z in latents]))  # fmt: skip
+
+
+def test_scale_is_one_at_zero():
+    head = models.ToGaussian(4, 2, (3,)).double()
+    for p in head.parameters():
+        p.data.zero_()
+    q = head(torch.randn(2, 4, 2, 2, dtype=torch.float64))
+    assert_same(q.base_dist.scale, torch.ones(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_samples_of_the_prior(arch):
+    """Ancestral sampling: the mean over many samples of the top level's is that of N(0, I)."""
+    model = tiny(arch, 2)
+    x = model.sample(7)
+    assert x.mean.shape == (7, 1, 8, 8) and ((x.mean > 0) & (x.mean < 1)).all()
+    assert x.mean.std(dim=0).max() > 0
+    torch.manual_seed(1)
+    by_hand = model.prior(0, torch.randn(7, 3, dtype=torch.float64)).sample()
+    torch.manual_seed(1)
+    assert_same(model.sample(7).mean, model.likelihood(by_hand).mean)
+
+
+def test_half_precision_never_reaches_likelihoods():
+    model = tiny("lvae", 3, torch.float32)
+    x = images(4, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inference = model.infer(x)
+        assert rewards.level_kl(inference).dtype == torch.float32
+        r = rewards.rewards(model, x, inference)
+        assert r.dtype == torch.float32 and rewards.q_value(r, 0.9).dtype == torch.float32
+        for loss in (rewards.joint_loss, rewards.sampled_loss):
+            assert loss(model, x, gamma=0.9).value.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------
+# rewards.py
+
+
+def literal_q_value(model, arch, x, step, gamma, skip):
+    """Eq. 24 to 26 as they stand: one path after another, one KL after another."""
+    levels = model.levels
+    posteriors, _, z = model.infer(x)
+
+    def kl(level):
+        q = posteriors[level].base_dist
+        if level == levels - 1:
+            mean, scale = torch.zeros_like(q.loc), torch.ones_like(q.scale)
+        else:
+            p = model.prior(level, z[level + 1]).base_dist
+            mean, scale = p.loc, p.scale
+        d = torch.log(scale / q.scale) + (q.scale**2 + (q.loc - mean) ** 2) / (2 * scale**2) - 0.5
+        return d.flatten(1).sum(1)
+
+    def log_px(level):
+        value = z[level]
+        for below in range(level - 1, -1, -1):
+            p = model.prior(below, value)
+            value = p.mean if skip == "mean" else p.rsample()
+        p = model.likelihood(value).mean
+        return (x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1)
+
+    def level_at(t):
+        return t if arch == "hvae" else levels - 1 - t
+
+    q_value = 0
+    for i in range(step, levels):
+        reward = log_px(level_at(i)) - sum(kl(level_at(s)) for s in range(i + 1))
+        q_value = q_value + gamma ** (i - step) * reward
+    return q_value
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("levels", [1, 2, 5])
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("skip", ["mean", "sample"])
+def test_q_values_equal_the_literal_transcription(arch, levels, gamma, skip, fixed_noise):
+    """Values and all gradients of every Q_t, and of their sum in one update (Eq. 28)."""
+    model, x = tiny(arch, levels), images(3)
+    total, total_gradient = 0, None
+    for step in range(levels):
+        expected = literal_q_value(model, arch, x, step, gamma, skip)
+        inference = model.infer(x)
+        found = rewards.q_value(rewards.rewards(model, x, inference, step, skip), gamma)
+        assert_same(found, expected)
+        loss = rewards.stepwise_loss(model, x, step, gamma, skip).value
+        assert_same(loss, -expected.mean())
+        gradient = gradients(-expected.mean(), model)
+        assert_same(gradients(loss, model), gradient)
+        total = total - expected.mean()
+        total_gradient = (
+            gradient
+            if total_gradient is None
+            else [a + b for a, b in zip(total_gradient, gradient, strict=True)]
+        )
+    joint = rewards.joint_loss(model, x, gamma, skip).value
+    assert_same(joint, total)
+    assert_same(gradients(joint, model), total_gradient)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_parameter_learns(arch):
+    model, x = tiny(arch, 5), images(8)
+    for name, g in zip(
+        dict(model.named_parameters()),
+        gradients(rewards.joint_loss(model, x, 0.9).value, model),
+        strict=True,
+    ):
+        assert g.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("terms", [{}, {"beta": 0.3}, {"free_bits": 0.2, "beta": 0.5}])
+def test_joint_is_the_sum_of_stepwise(arch, terms):
+    model, x = tiny(arch, 5), images(3)
+
+    def at_same_noise(loss, **kwargs):
+        torch.manual_seed(5)
+        return loss(model, x, gamma=0.8, **kwargs, **terms).value
+
+    steps = sum(at_same_noise(rewards.stepwise_loss, step=t) for t in range(5))
+    joint = at_same_noise(rewards.joint_loss)
+    assert_same(joint, steps)
+    assert_same(gradients(joint, model), gradients(steps, model))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("n, levels, gamma", [(3, 2, 0.9), (4, 3, 0.5), (4, 2, 1.0), (3, 3, 0.0)])
+def test_sampled_is_unbiased(arch, n, levels, gamma):
+    """The exact expectation over all ways to share the paths, value and gradient."""
+    model, x = tiny(arch, levels), images(n)
+    values, grads = [], []
+    for permutation in itertools.permutations(range(n)):
+        torch.manual_seed(3)
+        loss = rewards.sampled_loss(model, x, gamma, permutation=torch.tensor(permutation))
+        values.append(loss.value)
+        grads.append(gradients(loss.value, model))
+    assert torch.stack(values).std() > 1e-3  # the estimate does depend on the draw
+    torch.manual_seed(3)
+    joint = rewards.joint_loss(model, x, gamma)
+    assert_same(torch.stack(values).mean(), joint.value)
+    mean = [torch.stack(g).mean(dim=0) for g in zip(*grads, strict=True)]
+    assert_same(mean, gradients(joint.value, model))
+    assert_same(loss.kl, joint.kl)
+
+
+def test_sampled_draws_anew_and_small_batches_take_every_path(fixed_noise):
+    model, x = tiny("lvae", 3), images(4)
+    values = {round(rewards.sampled_loss(model, x, 0.9).value.item(), 6) for _ in range(200)}
+    assert len(values) == 12  # counts 1, 1, 2: 4! / 2! ways
+    torch.manual_seed(1)
+    sampled = rewards.sampled_loss(model, x[:2], 0.9).value
+    torch.manual_seed(1)
+    assert_same(sampled, rewards.joint_loss(model, x[:2], 0.9).value)
+
+
+def test_path_counts_and_weights():
+    for gamma in (0.0, 0.5, 0.9, 0.98):
+        for levels in (1, 2, 5, 10):
+            weights = rewards.path_weights(levels, gamma)
+            closed = [(1 - gamma**i) / (1 - gamma) for i in range(1, levels + 1)]
+            assert weights == pytest.approx(closed)
+            double_sum = [0.0] * levels
+            for t in range(levels):
+                for i in range(t, levels):
+                    double_sum[i] += gamma ** (i - t)
+            assert weights == pytest.approx(double_sum)
+            for n in (levels, levels + 1, 93, 128):
+                counts = rewards.path_counts(n, weights)
+                assert sum(counts) == n and min(counts) >= 1
+                if n == 128:
+                    share = [n * w / sum(weights) for w in weights]
+                    assert all(abs(c - s) < 1.5 for c, s in zip(counts, share, strict=True))
+    assert rewards.path_weights(4, 1.0) == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="2 images"):
+        rewards.path_counts(2, [1, 1, 1])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_one_level_by_rl_is_the_elbo(arch):
+    model, x = tiny(arch, 1), images(6)
+
+    def at_same_noise(loss, **kwargs):
+        torch.manual_seed(2)
+        value = loss(model, x, **kwargs).value
+        return value, gradients(value, model)
+
+    elbo = at_same_noise(rewards.elbo_loss)
+    assert_same(at_same_noise(rewards.stepwise_loss, step=0, gamma=0.9), elbo)
+    assert_same(at_same_noise(rewards.joint_loss, gamma=0.3), elbo)
+    fixed = torch.arange(6)
+    assert_same(at_same_noise(rewards.sampled_loss, gamma=0.9, permutation=fixed), elbo)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_elbo_is_the_reward_that_decodes_the_lowest_level_after_all(arch):
+    """Eq. 5 and 6 by hand; top-down that is the last reward."""
+    model, x = tiny(arch, 3), images(4)
+    torch.manual_seed(4)
+    value, kl = rewards.elbo(model, x)
+    torch.manual_seed(4)
+    posteriors, priors, z = model.infer(x)
+    p = model.likelihood(z[0]).mean
+    log_px = (x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1)
+    by_hand = sum(kl_divergence(q, r) for q, r in zip(posteriors, priors, strict=True))
+    assert_same(value, log_px - by_hand)
+    assert_same(kl.sum(0), by_hand)
+    if arch == "lvae":
+        torch.manual_seed(4)
+        assert_same(rewards.rewards(model, x, model.infer(x))[-1], value)
+
+
+def test_free_bits_and_beta():
+    kl = torch.tensor([[1.0, 5.0], [0.5, 1.0], [0.0, 0.2]], requires_grad=True)
+    weighed = rewards.weigh_kl(kl, beta=0.5, free_bits=2.0)
+    assert weighed.tolist() == [[0.5, 2.5], [1.0, 1.0], [1.0, 1.0]]
+    weighed.sum().backward()
+    assert kl.grad.tolist() == [[0.5, 0.5], [0, 0], [0, 0]]
+    assert rewards.weigh_kl(kl) is not kl and torch.equal(rewards.weigh_kl(kl), kl)
+
+
+@pytest.mark.parametrize("loss", ["elbo", "stepwise", "joint", "sampled"])
+def test_gradients_against_finite_differences(loss, fixed_noise):
+    model, x = tiny("lvae", 3), images(6)
+    call = {
+        "elbo": lambda: rewards.elbo_loss(model, x, beta=0.7),
+        "stepwise": lambda: rewards.stepwise_loss(model, x, 1, 0.9, "sample"),
+        "joint": lambda: rewards.joint_loss(model, x, 0.9, "sample"),
+        "sampled": lambda: rewards.sampled_loss(model, x, 0.9, permutation=torch.arange(6)),
+    }[loss]
+    found = gradients(call().value, model)
+    direction = [torch.randn_like(p) for p in model.parameters()]
+    values, step = [], 1e-6
+    for shift in (step, -2 * step):  # to one side of where the parameters are, then to the other
+        with torch.no_grad():
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p += shift * d
+        values.append(call().value.item())
+    slope = (values[0] - values[1]) / (2 * step)
+    along = sum((g * d).sum() for g, d in zip(found, direction, strict=True)).item()
+    assert along == pytest.approx(slope, rel=1e-5)
+
+
+def test_level_kl_against_torch_and_monte_carlo():
+    model, x = tiny("lvae", 3), images(2)
+    inference = model.infer(x)
+    kl = rewards.level_kl(inference)
+    for level, (q, p) in enumerate(zip(inference.posteriors, inference.priors, strict=True)):
+        base_p = Normal(p.mean.expand_as(q.mean), p.base_dist.scale.expand_as(q.mean))
+        by_torch = kl_divergence(Normal(q.mean, q.base_dist.scale), base_p).flatten(1).sum(1)
+        assert_same(kl[level], by_torch)
+        with torch.no_grad():
+            z = q.sample((40_000,))
+            ratio = q.log_prob(z) - p.log_prob(z)
+        error = ratio.std(dim=0) / 40_000**0.5
+        assert ((ratio.mean(dim=0) - kl[level]).abs() < 5 * error).all()
+
+
+class LinearGaussian:
+    """z2 ~ N(0,1), z1|z2 ~ N(b z2, c), x|z1 ~ N(a z1, s), variances c and s, one pixel.
+
+    A model for rewards.py that shares no code with models.py. Its posterior is the exact one,
+    or, with `off`, one that is shifted and too wide.
+    """
+
+    levels, order = 2, (1, 0)
+    a, b, c, s = 1.3, 0.7, 0.5, 0.4
+
+    def __init__(self, off: float = 0.0):
+        self.off = off
+
+    def normal(self, mean, variance):
+        return Independent(Normal(mean, torch.full_like(mean, variance).sqrt()), 1)
+
+    def log_evidence(self, x):
+        variance = self.a**2 * (self.b**2 + self.c) + self.s
+        return self.normal(torch.zeros_like(x), variance).log_prob(x)
+
+    def infer(self, x, sample=True):
+        gain = self.a * self.b
+        noise = self.a**2 * self.c + self.s
+        q2 = self.normal(gain * x / (gain**2 + noise) + self.off,
+                         noise / (gain**2 + noise) + self.off)  # fmt: skip
+        z2 = q2.rsample()
+        precision = 1 / self.c + self.a**2 / self.s
+        q1 = self.normal((self.b * z2 / self.c + self.a * x / self.s) / precision + self.off,
+                         1 / precision + self.off)  # fmt: skip
+        p2 = self.normal(torch.zeros_like(x), 1.0)
+        return models.Inference([q1, q2], [self.prior(0, z2), p2], [q1.rsample(), z2])
+
+    def prior(self, level, above):
+        return self.normal(self.b * above, self.c)
+
+    def decode(self, starts, skip="mean"):
+        assert starts[1] is None
+        return self.normal(self.a * starts[0], self.s)
+
+
+def test_importance_weighted_bound_against_the_exact_likelihood():
+    x = torch.randn(2000, 1, dtype=torch.float64) * 1.5
+    exact = LinearGaussian()
+    for k in (1, 7):  # with the exact posterior every weight is p(x)
+        assert_same(rewards.importance_weighted_bound(exact, x, k), exact.log_evidence(x))
+    off = LinearGaussian(off=0.3)
+    truth = off.log_evidence(x).mean()
+    bounds = [rewards.importance_weighted_bound(off, x, k).mean() for k in (1, 5, 50, 2000)]
+    assert bounds[0] < bounds[1] - 0.05 < bounds[2] - 0.05 < truth
+    assert bounds[3] == pytest.approx(truth.item(), abs=0.01)
+    elbo = rewards.elbo(off, x)[0].mean()
+    assert bounds[0] == pytest.approx(elbo.item(), abs=0.1)
+    with pytest.raises(ValueError, match="at least 1"):
+        rewards.importance_weighted_bound(off, x, 0)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_importance_weighted_bound_of_the_hierarchies(arch):
+    """However many samples a pass takes, it is the log-mean of the weights p(x, z) / q(z|x)."""
+    model, x = tiny(arch, 3), images(4)
+    for at_once, passes in [(4, [1, 1, 1, 1, 1]), (8, [2, 2, 1]), (1024, [5])]:
+        torch.manual_seed(6)
+        weights = []
+        for samples in passes:
+            repeated = x.repeat(samples, 1, 1, 1)
+            posteriors, priors, z = model.infer(repeated)
+            log_w = model.likelihood(z[0]).log_prob(repeated)
+            for q, p, value in zip(posteriors, priors, z, strict=True):
+                log_w = log_w + p.log_prob(value) - q.log_prob(value)
+            weights.append(log_w.exp().view(samples, 4))
+        by_hand = torch.cat(weights).mean(dim=0).log().detach()
+        torch.manual_seed(6)
+        assert_same(rewards.importance_weighted_bound(model, x, 5, at_once), by_hand)
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluate.py
+
+
+def test_bits_per_dimension_of_a_uniform_predictor():
+    assert evaluate.bits_per_dimension(784 * math.log(0.5), 784) == pytest.approx(1.0)
+    assert evaluate.bits_per_dimension(-3072 * math.log(256), 3072) == pytest.approx(8.0)
+    model = tiny("hvae", 1, torch.float32)
+    for p in model.to_pixels.parameters():
+        p.data.zero_()
+    pictures = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8)
+    measured = evaluate.densities(model, pictures)
+    bpd = evaluate.bits_per_dimension(measured["log_px_given_z"][0], 64)
+    assert bpd == pytest.approx(1.0, abs=1e-5)
+
+
+def test_densities_leave_the_random_state_and_repeat():
+    model = tiny("lvae", 3, torch.float32)
+    pictures = torch.randint(0, 256, (600, 1, 8, 8), dtype=torch.uint8)
+    before = torch.get_rng_state()
+    a, b = evaluate.densities(model, pictures, 3), evaluate.densities(model, pictures, 3)
+    assert a == b and torch.equal(before, torch.get_rng_state())
+    assert a["elbo"] == pytest.approx(a["log_px_given_z"][0] - sum(a["kl"]), rel=1e-6)
+    assert a["iwae"] > a["elbo"] and evaluate.densities(model, pictures)["iwae"] is None
+
+
+def test_active_units():
+    z = torch.randn(20_000, 4) * torch.tensor([0.0, 0.09, 0.11, 3.0]) + 5
+    assert evaluate.active_units(z) == 2
+
+
+def test_probe_on_known_separability():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 3000)
+    angle = labels * 2 * np.pi / 10
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1) + rng.normal(0, 0.02, (3000, 2))
+
+    def probe(z, y=labels):
+        return evaluate.linear_probe(z[:2000], y[:2000], z[2000:], y[2000:])
+
+    assert probe(circle) == 100  # one-versus-rest cannot: no line parts a class from the others
+    assert probe(circle * [1e3, 10] + 7) == 100
+    assert probe(rng.normal(size=(3000, 8))) < 15
+    overlap = labels % 2 + rng.normal(0, 1, 3000)  # Bayes: Phi(1/2) = 69.1 %
+    assert probe(overlap[:, None], labels % 2) == pytest.approx(69.1, abs=4)
+    assert probe(circle * 1e-4) < 60  # rounding noise of a collapsed level is not blown up
+
+
+def test_probes_of_levels_and_of_all():
+    torch.manual_seed(0)
+    model = tiny("hvae", 2, torch.float32)
+    pictures = torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8)
+    labels = (pictures.float().flatten(1)[:, :32].mean(dim=1) > 127).long()
+    halves = data.Data(pictures[:150], labels[:150], pictures[150:], labels[150:], ("0", "1"))
+    found = evaluate.probes(model, halves)
+    assert list(found) == ["z1", "z2", "all"]
+    a, b = (np.concatenate([r.double().numpy() for r in evaluate.representations(model, p)], axis=1)
+            for p in (pictures[:150], pictures[150:]))  # fmt: skip
+    assert a.shape == (150, 2 * 4 * 4 + 3)
+    assert found["all"] == evaluate.linear_probe(a, labels[:150].numpy(), b, labels[150:].numpy())
+
+
+# --------------------------------------------------------------------------------------------------
+# mine.py
+
+
+def gaussian_pairs(n: int, dims: int, rho: float) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(n, dims)
+    return x, rho * x + math.sqrt(1 - rho**2) * torch.randn(n, dims)
+
+
+@pytest.mark.parametrize(
+    "dims, rho, tolerance", [(1, 0.9, 0.05), (4, 0.5, 0.07), (20, 0.5, 0.45), (2, 0.0, 0.02)]
+)
+def test_mine_on_gaussians(dims, rho, tolerance):
+    """I = -d/2 ln(1 - rho^2), within what a network of this size and budget reaches."""
+    truth = -dims / 2 * math.log(1 - rho**2)
+    x, z = gaussian_pairs(30_000, dims, rho)
+    found = mine.mutual_information(x, z, hidden=256, epochs=8 if dims < 20 else 12, lr=1e-3)
+    assert found.nats == pytest.approx(truth, abs=tolerance)
+    assert found.ceiling == pytest.approx(math.log(6000))
+    assert found.curve[-1] == found.nats
+
+
+def test_donsker_varadhan_with_the_true_density_ratio():
+    rho = 0.8
+    x, z = gaussian_pairs(20_000, 1, rho)
+
+    def ratio(a, b):
+        exponent = (rho**2 * (a**2 + b**2) - 2 * rho * a * b) / (2 * (1 - rho**2))
+        return (-0.5 * math.log(1 - rho**2) - exponent).squeeze(1)
+
+    found = mine.donsker_varadhan(ratio, x, z, torch.Generator().manual_seed(0))
+    assert found == pytest.approx(-0.5 * math.log(1 - rho**2), abs=0.02)
+
+
+def test_mine_never_exceeds_its_ceiling():
+    """z = x has infinite mutual information; any statistic, however extreme, reads at most ln n."""
+    x = torch.randn(64, 3)
+    generator = torch.Generator().manual_seed(0)
+    for sharpness in (1.0, 100.0, 1e4):
+        bound = mine.donsker_varadhan(lambda a, b, s=sharpness: -s * (a - b).square().sum(1),
+                                      x, x, generator)  # fmt: skip
+        assert bound <= math.log(64) + 1e-6
+    assert bound == pytest.approx(math.log(64), abs=0.01)
+    repeated = x[:16].repeat(5, 1)
+    estimate = mine.mutual_information(
+        repeated, repeated, (repeated, repeated), hidden=32, epochs=3
+    )
+    assert estimate.ceiling == pytest.approx(math.log(16))
+
+
+def test_mine_gradient_and_moving_average():
+    torch.manual_seed(0)
+    values = [torch.randn(50, dtype=torch.float64) for _ in range(4)]
+    average, by_hand, rate = mine.MovingLogMean(0.1), 0.0, 0.1
+    for step, v in enumerate(values, start=1):
+        by_hand = (1 - rate) * by_hand + rate * v.exp().mean().item()
+        found = average.update(mine.log_mean_exp(v)).item()
+        assert found == pytest.approx(math.log(by_hand / (1 - (1 - rate) ** step)))
+    # On the first batch the average is the batch's own mean: the gradient is the bound's own.
+    joint = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    product = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad(
+        mine.mine_loss(joint, product, mine.MovingLogMean()), [joint, product]
+    )
+    bound = joint.mean() - product.exp().mean().log()
+    assert_same(found, torch.autograd.grad(-bound, [joint, product]))
+    huge = mine.MovingLogMean().update(torch.tensor(5000.0))
+    assert huge.item() == pytest.approx(5000)
+
+
+def test_derangements():
+    generator = torch.Generator().manual_seed(0)
+    for n in (2, 3, 10, 101):
+        for _ in range(20):
+            d = mine.derangement(n, generator)
+            assert sorted(d.tolist()) == list(range(n)) and (d != torch.arange(n)).all()
+
+
+def test_mine_refuses_what_it_cannot_measure():
+    x = torch.randn(10, 2)
+    for args, words in [
+        ((x, x[:9]), "one z for each x"),
+        ((x[:4], x[:4]), "too few pairs"),
+        ((x, x, (x, x[:3])), "do not match"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            mine.mutual_information(*args)
+    with pytest.raises(ValueError, match="epochs"):
+        mine.mutual_information(x, x, (x, x), epochs=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    raw = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+@pytest.fixture
+def layout(tmp_path, monkeypatch):
+    """A function that writes a small FashionMNIST; there is no network and no Debian package."""
+    monkeypatch.setattr(data, "SPLITS", {"train": 20, "t10k": 10})
+    monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "debian")
+
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("Network is unreachable")
+
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", unreachable)
+    rng = np.random.default_rng(0)
+
+    def write(folder=tmp_path / "FashionMNIST" / "raw", suffix=""):
+        arrays = {}
+        for split, n in data.SPLITS.items():
+            arrays[split] = (rng.integers(0, 256, (n, 28, 28), np.uint8),
+                             rng.permutation(n).astype(np.uint8) % 10)  # fmt: skip
+            write_idx(folder / f"{split}-images-idx3-ubyte{suffix}", arrays[split][0])
+            write_idx(folder / f"{split}-labels-idx1-ubyte{suffix}", arrays[split][1])
+        return arrays
+
+    return write
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("where", ["FashionMNIST/raw", "", "debian"])
+def test_idx_layouts(layout, tmp_path, suffix, where):
+    arrays = layout(tmp_path / where, suffix)
+    found = data.load("fashionmnist", tmp_path, download=False)
+    for pictures, labels, split in [
+        (found.train, found.train_labels, "train"),
+        (found.test, found.test_labels, "t10k"),
+    ]:
+        assert pictures.dtype == torch.uint8 and labels.dtype == torch.int64
+        assert np.array_equal(pictures.squeeze(1).numpy(), arrays[split][0])
+        assert labels.tolist() == arrays[split][1].tolist()
+    assert found.classes[9] == "Ankle boot" and len(found.classes) == 10
+
+
+def broken(layout, tmp_path, how):
+    folder = tmp_path / "FashionMNIST" / "raw"
+    if how == "absent":
+        return
+    layout(suffix=".gz" if how == "bad gzip" else "")
+    path = folder / "train-images-idx3-ubyte"
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-5])
+    elif how == "longer":
+        path.write_bytes(path.read_bytes() + b"x")
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "html":
+        path.write_bytes(b"<html>404</html>" * 9)
+    elif how == "bad gzip":
+        path = path.with_suffix(".gz") if path.suffix else Path(str(path) + ".gz")
+        path.write_bytes(path.read_bytes()[:-9])
+    elif how == "other size":
+        write_idx(path, np.zeros((20, 32, 32), np.uint8))
+    elif how == "fewer":
+        write_idx(path, np.zeros((19, 28, 28), np.uint8))
+    elif how == "bad labels":
+        write_idx(folder / "train-labels-idx1-ubyte", np.full(20, 10, np.uint8))
+
+
+BROKEN = {
+    "absent": "could not be downloaded.*put the four.*--data-dir.*apt-get.*digits",
+    "missing": "could not be downloaded.*lacks train-images-idx3-ubyte",
+    "truncated": "truncated or damaged.*delete it",
+    "longer": "truncated or damaged",
+    "empty": "not an IDX file",
+    "html": "not an IDX file",
+    "bad gzip": "cannot be read.*delete it",
+    "other size": r"20, 32, 32.*not 20 of 28x28",
+    "fewer": r"19, 28, 28.*20 labels",
+    "bad labels": "in 10 classes",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_data_gives_one_line(layout, tmp_path, how, capsys):
+    broken(layout, tmp_path, how)
+    line = fails(capsys, ["--dataset", "fashionmnist", "--data-dir", str(tmp_path),
+                          "--out", str(tmp_path / "run")], BROKEN[how])  # fmt: skip
+    assert str(tmp_path) in line and not (tmp_path / "run").exists()
+
+
+def test_digits():
+    from sklearn.datasets import load_digits
+
+    d = data.load("digits")
+    assert d.train.shape == (1437, 1, 28, 28) and d.test.shape == (360, 1, 28, 28)
+    assert d.train.dtype == torch.uint8 and d.train.max() > 250
+    # Averaged back to 8x8 every image is one of the originals with its label, each once.
+    small = torch.nn.functional.interpolate(
+        torch.cat([d.train, d.test]).float(), size=(8, 8), mode="bilinear"
+    ).flatten(1)
+    original, labels = load_digits(return_X_y=True)
+    nearest = torch.cdist(small, torch.from_numpy(original).float() * 255 / 16).argmin(dim=1)
+    assert len(set(nearest.tolist())) >= 1790
+    found = torch.cat([d.train_labels, d.test_labels])
+    assert (found == torch.from_numpy(labels)[nearest]).float().mean() > 0.995
+    assert torch.bincount(d.test_labels).min() >= 34  # stratified
+
+
+def real_folder(name: str) -> str:
+    """DATA_DIR where it has the data set, Debian's for FashionMNIST; skips where there is none."""
+    folder = os.environ.get("DATA_DIR", "")
+    if folder and (Path(folder) / name / "raw").is_dir():
+        return folder
+    if name == "FashionMNIST" and not data._missing(data.DEBIAN_FASHION):
+        return "nowhere"
+    return pytest.skip(f"no {name}: name its folder in DATA_DIR")
+
+
+def test_real_fashionmnist():
+    d = data.load("fashionmnist", real_folder("FashionMNIST"), download=False)
+    assert d.train.shape == (60_000, 1, 28, 28) and d.test.shape == (10_000, 1, 28, 28)
+    assert torch.bincount(d.train_labels).tolist() == [6000] * 10
+    assert torch.bincount(d.test_labels).tolist() == [1000] * 10
+    # The mean and deviation that the data set is known by.
+    assert d.train.float().mean().item() / 255 == pytest.approx(0.2860, abs=1e-4)
+    assert d.train.float().std().item() / 255 == pytest.approx(0.3530, abs=1e-4)
+    trousers = d.train[d.train_labels == 1].float().mean(dim=(0, 1))
+    assert trousers[14:, :5].max() < 20 < 100 < trousers[14:, 10:18].mean()
+
+
+def test_real_mnist_is_what_torchvision_reads():
+    folder = real_folder("MNIST")
+    d = data.load("mnist", folder, download=False)
+    for is_train, pictures, labels in [
+        (True, d.train, d.train_labels),
+        (False, d.test, d.test_labels),
+    ]:
+        reference = torchvision.datasets.MNIST(folder, train=is_train, download=False)
+        assert torch.equal(pictures.squeeze(1), reference.data)
+        assert torch.equal(labels, reference.targets)
+
+
+def test_batches():
+    pictures = torch.zeros(103, 1, 2, 2, dtype=torch.uint8)
+    first, again = (data.shuffled(pictures, 10, seed=1, epoch=4) for _ in range(2))
+    assert [len(b) for b in first] == [10] * 10 + [3]
+    assert sorted(torch.cat(first).tolist()) == list(range(103))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for seed, epoch in [(1, 5), (2, 4)]:
+        assert not torch.equal(first[0], data.shuffled(pictures, 10, seed, epoch)[0])
+    assert torch.cat(list(data.in_order(torch.arange(1100)))).tolist() == list(range(1100))
+
+
+def test_binarisation_has_the_pixels_as_its_mean():
+    grey = torch.tensor([0, 1, 64, 128, 254, 255], dtype=torch.uint8)
+    x = data.binarize(grey.expand(200_000, 6))
+    assert set(x.unique().tolist()) == {0, 1} and x.dtype == torch.float32
+    assert x[:, 0].sum() == 0 and x[:, 5].min() == 1
+    torch.testing.assert_close(x.mean(dim=0), grey / 255, rtol=0, atol=0.005)
+
+
+def test_devices():
+    assert data.pick_device("cpu").type == "cpu"
+    assert data.pick_device("auto").type in ("cpu", "cuda")
+    assert data.pick_dtype("float32", torch.device("cpu")) == torch.float32
+    assert data.pick_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py
+
+TINY = ["--latents", "4,2", "--channels", "4", "--seed", "3", "--dtype", "float32"]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The digits, but only some of them, so that an epoch takes a moment."""
+    d = data.load("digits")
+    d = data.Data(d.train[:300], d.train_labels[:300], d.test[:60], d.test_labels[:60], d.classes)
+    monkeypatch.setattr(train, "load", lambda *a: d)
+    monkeypatch.setattr(evaluate, "load", lambda *a: d)
+    return d
+
+
+def fails(capsys, argv: list[str], words: str, main=train.main) -> str:
+    """The command ends in one line of standard error that matches, and with status 2."""
+    import re
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "batch/s" not in line
+             and "?batch" not in line and line.strip()]  # fmt: skip
+    assert len(lines) == 1, lines
+    assert re.search(words, lines[0]), lines[0]
+    return lines[0]
+
+
+def state_of(folder) -> dict:
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def metrics_of(folder) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def assert_same_run(a, b) -> None:
+    """Bit for bit the same parameters, optimiser, random state, sums and metrics."""
+    one, two = state_of(a), state_of(b)
+    for key in ("model", "optimizer", "rng", "sums", "epoch", "batch", "update"):
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
+    assert metrics_of(a) == metrics_of(b)
+
+
+@pytest.mark.parametrize("objective", [[], ["--update", "stepwise"], ["--update", "joint"],
+                                       ["--update", "sampled", "--skip", "sample"]])  # fmt: skip
+def test_resume_equals_uninterrupted(few, tmp_path, monkeypatch, capsys, objective):
+    """Stopped in the middle of an epoch, at an epoch's end, and after the last epoch."""
+    flags = [*TINY, "--epochs", "3", "--batch-size", "64", "--eval-every", "2", "--warmup", "2"]
+    flags += ["--rl", *objective] if objective else []
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    for at, stop_signal in [(3, signal.SIGINT), (7, signal.SIGTERM), (10, signal.SIGINT)]:
+        out = str(tmp_path / f"parts{at}")
+        calls = itertools.count(1)
+
+        def binarize(x, at=at, calls=calls, number=stop_signal):
+            if next(calls) == at:
+                signal.raise_signal(number)
+            return data.binarize(x)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "binarize", binarize)
+            with pytest.raises(SystemExit) as stop:
+                train.main([*flags, "--out", out])
+        assert stop.value.code == 128 + stop_signal
+        assert state_of(out)["epoch"] * 5 + state_of(out)["batch"] == at
+        assert "--resume" in capsys.readouterr().out and not Path(out, "eval.json").exists()
+        train.main(["--resume", out])
+        assert_same_run(tmp_path / "whole", out)
+        assert Path(out, "eval.json").exists()
+    # Fewer epochs first, then more of them, is the same run as well.
+    out = str(tmp_path / "more")
+    train.main([*flags, "--epochs", "1", "--out", out])
+    train.main([*flags, "--epochs", "3", "--out", out, "--resume"])
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_killed_while_writing_a_checkpoint(few, tmp_path):
+    """kill -9 in the middle of a write, and of a metrics line: the run goes on from what was."""
+    script = textwrap.dedent("""
+        import os, signal, sys
+        import torch, data, evaluate, train
+        d = data.load("digits")
+        few = data.Data(d.train[:300], d.train_labels[:300], d.test[:60], d.test_labels[:60], ())
+        train.load = evaluate.load = lambda *a: few
+        whole_save, saves = torch.save, [0]
+        def save(state, file):
+            saves[0] += 1
+            if saves[0] == int(sys.argv[1]):
+                file.write(b"half of a checkpoint")
+                file.flush()
+                with open(state["config"]["out"] + "/metrics.jsonl", "a") as metrics:
+                    metrics.write('{"epoch": ')
+                os.kill(os.getpid(), signal.SIGKILL)
+            whole_save(state, file)
+        torch.save = save
+        train.main(sys.argv[2:])
+    """)
+    flags = [*TINY, "--rl", "--epochs", "3", "--batch-size", "64", "--save-every", "0"]
+    out = str(tmp_path / "killed")
+    killed = subprocess.run([sys.executable, "-c", script, "9", *flags, "--out", out], cwd=HERE,
+                            capture_output=True, check=False)  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert state_of(out)["update"] == 7  # the eighth update's was being written
+    train.main([*flags, "--out", out, "--resume"])
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(few, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [*TINY, "--out", str(out), "--lr", "1e18", "--epochs", "9", "--save-every", "0"]
+    fails(capsys, flags, r"(loss is|parameter is).* at epoch \d+, update \d+: try a lower --lr")
+    assert all(v.isfinite().all() for v in state_of(out)["model"].values())
+
+
+def test_a_full_disk_keeps_what_was_written(few, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main([*TINY, "--out", str(out), "--epochs", "1"])
+    before = (out / "checkpoint.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # a write past 10 kB fails
+    try:
+        fails(capsys, ["--resume", str(out), "--epochs", "2"], "cannot write .*checkpoint.pt.*kept")
+        fails(capsys, [*TINY, "--out", str(tmp_path / "new")], "cannot write .*checkpoint.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (out / "checkpoint.pt").read_bytes() == before
+    assert [p.name for p in out.iterdir() if p.suffix == ".tmp"] == []
+    train.main(["--resume", str(out), "--epochs", "2"])
+    assert state_of(out)["epoch"] == 2
+
+
+def test_a_run_end_to_end(few, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = [*TINY, "--arch", "hvae", "--rl", "--epochs", "2", "--eval-every", "1"]
+    train.main([*argv, "--out", str(out)])
+    text = capsys.readouterr().out
+    for words in ("hvae, small, levels 4,2", "Q-value, gamma 0.9, sampled", "300 training",
+                  "cpu", "--size paper", str(out), "z2", "bpd"):  # fmt: skip
+        assert words in text
+    lines = metrics_of(out)
+    assert [line["epoch"] for line in lines] == [1, 2] and len(lines[0]["kl"]) == 2
+    assert set(lines[0]["test"]) == {"probe", "kl", "elbo"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["rl"] and config["latents"] == "4,2" and config["epochs"] == 2
+
+    evaluate.main([str(out), "--json", "--out", str(tmp_path / "e.json"), "--samples", "4"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == json.loads((tmp_path / "e.json").read_text())
+    assert (shown["arch"], shown["rl"], shown["dataset"]) == ("hvae", True, "digits")
+    assert set(shown["probe"]) == {"z1", "z2", "all"} and shown["mine"] == {}
+    for key in ("kl", "active_units", "log_px_given_z"):
+        assert len(shown[key]) == 2
+    assert shown["bpd"] == pytest.approx(-shown["elbo"] / 784 / math.log(2))
+    saved = json.loads((out / "eval.json").read_text())
+    assert saved["probe"] == shown["probe"] and saved["elbo"] == pytest.approx(shown["elbo"])
+    evaluate.main([str(out), "--mine", "--mine-levels", "1"])
+    assert "≤ 4.09" in capsys.readouterr().out  # ln 60 test images
+
+    fails(capsys, [*argv, "--out", str(out)], "holds a run already: --resume.*--overwrite.*--out")
+    train.main([*argv, "--out", str(out), "--overwrite", "--epochs", "1"])
+    assert len(metrics_of(out)) == 1 and state_of(out)["epoch"] == 1
+    train.main(["--resume", str(out)])  # nothing left to do: it shows the evaluation
+    assert "z2" in capsys.readouterr().out
+
+
+def test_settings_of_the_paper():
+    rl = train.defaults({"size": "paper", "rl": True})
+    assert (rl["lr"], rl["batch_size"], rl["epochs"], rl["update"]) == (3e-4, 128, 200, "stepwise")
+    assert rl["warmup"] == 0 and rl["free_bits"] == 0
+    baseline = train.defaults({"size": "paper"})
+    assert (baseline["epochs"], baseline["warmup"]) == (1000, 200)
+    assert (baseline["free_bits"], baseline["free_bits_epochs"]) == (2.0, 400)
+    assert train.defaults({"size": "paper", "rl": True, "levels": 2})["epochs"] == 500
+    assert train.defaults({"size": "paper", "warmup": 7, "lr": 0.1})["warmup"] == 7
+    assert train.kl_terms(baseline, 50.0) == {"beta": 0.25, "free_bits": 2.0}
+    assert train.kl_terms(baseline, 400.0) == {"beta": 1.0, "free_bits": 0.0}
+    assert train.defaults({"arch": "hvae", "rl": True})["out"] == "runs/digits-hvae-rl-0"
+
+
+def test_stepwise_makes_one_update_a_level():
+    config = train.defaults({"rl": True, "update": "stepwise"})
+    steps = train.objectives(config, 5)
+    assert [s.keywords["step"] for s in steps] == [0, 1, 2, 3, 4]
+    assert all(s.func is rewards.stepwise_loss and s.keywords["gamma"] == 0.9 for s in steps)
+    assert train.objectives(train.defaults({}), 5) == [rewards.elbo_loss]
+
+
+TRAIN_MISTAKES = [
+    (["--arch", "gan"], "invalid choice: 'gan'"),
+    (["--gamma", "1.5"], "gamma 1.5: a discount lies from 0 to 1"),
+    (["--gamma", "nan"], "gamma nan"),
+    (["--levels", "0"], "0 levels: a hierarchy has 1 to 10"),
+    (["--levels", "11"], "11 levels"),
+    (["--levels", "-3"], "levels"),
+    (["--arch", "vae", "--levels", "3"], "a vae has one level"),
+    (["--latents", "8x,4"], "latent '8x' is not understood"),
+    (["--latents", "8,0"], "latent '0'"),
+    (["--latents", "8,4", "--levels", "3"], "name 2 levels, not 3"),
+    (["--channels", "0"], "0 channels"),
+    (["--epochs", "0"], "--epochs 0: must be above 0"),
+    (["--epochs", "many"], "invalid int value"),
+    (["--batch-size", "-1"], "--batch-size -1"),
+    (["--lr", "inf"], "--lr inf"),
+    (["--warmup", "-1"], "--warmup -1: must not be negative"),
+    (["--free-bits", "-0.5"], "--free-bits -0.5"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--device", "tpu"], "unknown device 'tpu': choose auto, cpu, cuda or cuda:N"),
+    (["--device", "cuda:x"], "unknown device"),
+    (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
+    (["--update", "all"], "invalid choice: 'all'"),
+    (["--colour"], "unrecognized arguments"),
+    (["--resume"], "no run at .*: name a folder"),
+    (["--resume", "nowhere"], "no run at nowhere"),
+    (["--resume", "--overwrite"], "choose one"),
+    (["--resume", "here", "--out", "there"], "name two runs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv, words", TRAIN_MISTAKES, ids=lambda v: " ".join(v) if v else "")
+def test_mistakes_in_training_give_one_line(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, argv, words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_no_accelerator(capsys, tmp_path):
+    fails(capsys, ["--device", "cuda", "--out", str(tmp_path)], "no CUDA device here.*--device cpu")
+
+
+def test_mistakes_with_runs_give_one_line(few, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main([*TINY, "--out", str(out), "--epochs", "1"])
+    resume = ["--resume", str(out)]
+    fails(capsys, [*resume, "--arch", "hvae"], "has --arch lvae, not hvae: leave the flag out")
+    fails(capsys, [*resume, "--lr", "0.5"], "has --lr 0.001, not 0.5")
+    fails(capsys, [*resume, "--epochs", "-1"], "--epochs -1")
+    (tmp_path / "file").write_text("")
+    fails(capsys, [*TINY, "--out", str(tmp_path / "file")], "cannot write .*file")
+    fails(capsys, [*TINY, "--out", str(tmp_path / "file" / "run")], "cannot write")
+
+    def evaluation(words, *argv, run=out):
+        fails(capsys, [str(run), *argv], words, main=evaluate.main)
+
+    evaluation("no run at", run=tmp_path / "nowhere")
+    evaluation("name levels from 1 to 2", "--mine-levels", "3")
+    evaluation("name levels", "--mine-levels", "top")
+    evaluation("--samples 0", "--samples", "0")
+    evaluation("unknown device", "--device", "gpu")
+    evaluation("cannot write", "--out", str(tmp_path / "no" / "such.json"))
+    checkpoint = out / "checkpoint.pt"
+    whole, other = checkpoint.read_bytes(), tmp_path / "other.pt"
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        checkpoint.write_bytes(damaged)
+        evaluation("damaged or not a checkpoint")
+        fails(capsys, resume, "damaged or not a checkpoint")
+    torch.save({"weights": torch.zeros(3)}, other)
+    evaluation("not a checkpoint of this version", run=other)
+    checkpoint.write_bytes(whole)
+    state = state_of(out)
+    del state["model"]["stem.weight"]
+    torch.save(state, checkpoint)
+    evaluation("not one that models.py builds")
+    fails(capsys, resume, "does not fit this train.py")
+
+
+# --------------------------------------------------------------------------------------------------
+# The claim
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rl_keeps_the_top_level_informative_where_the_elbo_lets_it_collapse(arch, tmp_path):
+    """Digits, both objectives with the same warm-up, a third of the main job's epochs."""
+    found = {}
+    for name, rl in (("elbo", []), ("rl", ["--rl"])):
+        out = str(tmp_path / name)
+        train.main(["--arch", arch, "--epochs", "24", "--warmup", "8", *rl, "--out", out])
+        found[name] = json.loads(Path(out, "eval.json").read_text())
+    assert found["rl"]["kl"][-1] > 1 and min(found["rl"]["kl"]) > 0.5
+    assert found["rl"]["active_units"][-1] >= 4
+    assert found["elbo"]["kl"][-1] < 0.1 and found["elbo"]["active_units"][-1] == 0
+    assert found["rl"]["probe"][f"z{5}"] > found["elbo"]["probe"]["z5"] + 15

@@ -1,0 +1,428 @@
+"""Train a hierarchical VAE by the ELBO or by reinforcement learning.
+
+python train.py --arch lvae --rl --gamma 0.9
+python train.py --arch hvae --rl --dataset fashionmnist --out runs/mine
+python train.py --resume runs/mine
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+import evaluate
+import models
+import rewards
+from data import DATASETS, Data, UserError, binarize, load, pick_device, pick_dtype, shuffled
+from evaluate import CHECKPOINT, FORMAT, writing
+
+CHECK_EVERY = 20  # updates between looks at the losses: each look waits for the device
+
+# --------------------------------------------------------------------------------------------------
+# Flags and their defaults
+
+
+def parser() -> evaluate.Parser:
+    # What is not given is absent: `defaults` decides it by --size, --dataset and --rl.
+    p = evaluate.Parser(
+        description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
+        epilog="Where no default is named it depends on --size, --dataset and --rl; every run "
+        "prints what it takes and keeps it in config.json.",
+    )  # fmt: skip
+    # fmt: off
+    p.add_argument("--arch", choices=("vae", "hvae", "lvae"),
+                   help="vae: one level; hvae: bottom-up; lvae: top-down inference (default lvae)")
+    p.add_argument("--rl", action="store_true", help="maximise the Q-value instead of the ELBO")
+    p.add_argument("--gamma", type=float, help="discount of later rewards, 0 to 1 (default 0.9)")
+    p.add_argument("--update", choices=("stepwise", "joint", "sampled"),
+                   help="with --rl: one step for each Q_t, inferring afresh (Algorithm 1); one for "
+                   "their sum; or one for an unbiased sample of the sum, one path an image")
+    p.add_argument("--skip", choices=("mean", "sample"),
+                   help="skip paths take the priors' means, or a sample of each (default mean)")
+    p.add_argument("--dataset", choices=DATASETS, help="default digits, which is no download")
+    p.add_argument("--data-dir", help="folder of the data sets (default data)")
+    p.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
+    p.add_argument("--size", choices=tuple(models.PRESETS),
+                   help="paper: its network and training; small: for two CPU cores (default small)")
+    p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
+    p.add_argument("--levels", type=int,
+                   help="1 to 10: 8 dimensions at the top, doubling downwards to at most 128")
+    p.add_argument("--channels", type=int, help="feature maps of every layer")
+    p.add_argument("--epochs", type=int, help="passes over the training images")
+    p.add_argument("--batch-size", type=int, help="images an update (default 128)")
+    p.add_argument("--lr", type=float, help="Adam's learning rate")
+    p.add_argument("--warmup", type=int, help="epochs in which the KL's weight rises from 0 to 1")
+    p.add_argument("--free-bits", type=float, help="nats of each level's KL that cost nothing")
+    p.add_argument("--free-bits-epochs", type=int, help="epochs of free bits (default: all)")
+    p.add_argument("--seed", type=int, help="of initialisation, batches and noise (default 0)")
+    p.add_argument("--out", help="the run's folder (default runs/<dataset>-<arch>[-rl]-<seed>)")
+    p.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    p.add_argument("--resume", nargs="?", const=True, metavar="RUN",
+                   help="go on with RUN (or --out) from its checkpoint; --epochs may be raised")
+    p.add_argument("--eval-every", type=int,
+                   help="epochs between measures of the test split: KL, ELBO, and the probe of z_L "
+                   "fitted on 10,000 training images (default 0: only at the end)")
+    p.add_argument("--save-every", type=float, help="seconds between checkpoints (default 60)")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
+                   help="of the network's arithmetic; auto is bfloat16 where the processor has it")
+    # fmt: on
+    return p
+
+
+MAY_CHANGE = {"epochs", "data_dir", "device", "eval_every", "save_every", "out"}  # on --resume
+
+
+def defaults(given: dict) -> dict:
+    """A full configuration: the flags given, the rest by --size, --dataset and --rl."""
+    config = dict(
+        arch="lvae", rl=False, gamma=0.9, skip="mean", dataset="digits", data_dir="data",
+        device="auto", size="small", latents=None, levels=None, channels=None, batch_size=128,
+        warmup=0, free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, save_every=60.0,
+        dtype="auto",
+    )  # fmt: skip
+    config |= given
+    if config["size"] == "paper":
+        levels = len(network(config).latents)
+        config |= dict(lr=3e-4, update="stepwise", epochs=max(1, round(1000 / levels)))
+        if not config["rl"]:
+            config |= dict(epochs=1000, warmup=200, free_bits=2.0, free_bits_epochs=400)
+    else:
+        digits = config["dataset"] == "digits"
+        config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 25)
+        if digits and config["rl"]:  # few images: the KL would win before the decoder listens
+            config["warmup"] = 20
+    config |= given
+    if config["free_bits_epochs"] is None:
+        config["free_bits_epochs"] = config["epochs"]
+    rl = "-rl" if config["rl"] else ""
+    return {"out": f"runs/{config['dataset']}-{config['arch']}{rl}-{config['seed']}"} | config
+
+
+def network(config: dict) -> models.Config:
+    keys = ("arch", "size", "latents", "levels", "channels")
+    try:
+        return models.configure(**{k: config[k] for k in keys})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def check(config: dict) -> None:
+    """UserError for numbers that make no sense."""
+    if not 0 <= config["gamma"] <= 1:
+        raise UserError(f"--gamma {config['gamma']}: a discount lies from 0 to 1")
+    for key in ("epochs", "batch_size", "lr"):
+        if not 0 < config[key] < math.inf:
+            raise UserError(f"--{key.replace('_', '-')} {config[key]}: must be above 0")
+    for key in ("warmup", "free_bits", "free_bits_epochs", "seed", "eval_every", "save_every"):
+        if not 0 <= config[key] < math.inf:
+            raise UserError(f"--{key.replace('_', '-')} {config[key]}: must not be negative")
+
+
+# --------------------------------------------------------------------------------------------------
+# The state of a run
+
+
+class Run:
+    """Model, optimiser and where training stands; kept in checkpoint.pt."""
+
+    PLAIN = ("epoch", "batch", "update", "seconds", "metrics_bytes")
+
+    def __init__(self, config: dict, device: torch.device):
+        self.config, self.device, self.folder = config, device, Path(config["out"])
+        torch.manual_seed(config["seed"])
+        self.model = models.build(network(config)).to(device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
+        self.epoch = self.batch = self.update = 0  # the batch to come; the updates made
+        self.seconds = 0.0  # of training, evaluation left out
+        self.metrics_bytes = 0  # of metrics.jsonl that belong to this state
+        # Since the epoch's start: the sum of the losses, the number of them, the sums of the KLs.
+        self.sums = torch.zeros(2 + self.model.levels, dtype=torch.float64, device=device)
+
+    def save(self) -> None:
+        """Writes beside and renames: whatever happens, the checkpoint before stays whole."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state = {
+            "format": FORMAT,
+            "config": self.config,
+            "model_config": self.model.config._asdict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "sums": self.sums,
+            **{key: getattr(self, key) for key in self.PLAIN},
+        }
+        with writing(self.folder / CHECKPOINT) as beside, open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def restore(self, state: dict) -> None:
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.sums.copy_(state["sums"])
+            for key in self.PLAIN:
+                setattr(self, key, state[key])
+            torch.set_rng_state(state["rng"]["cpu"])
+            if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise UserError(f"{self.folder / CHECKPOINT} does not fit this train.py") from None
+        with contextlib.suppress(FileNotFoundError):  # lines after the checkpoint come again
+            metrics = self.folder / "metrics.jsonl"
+            os.truncate(metrics, min(self.metrics_bytes, metrics.stat().st_size))
+
+    def log(self, line: dict) -> None:
+        path = self.folder / "metrics.jsonl"
+        with writing(path, replace=False), open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            self.metrics_bytes = file.tell()
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask for a stop after the batch; a second one stops at once."""
+
+    def __enter__(self) -> "Stop":
+        self.signal: int | None = None
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def objectives(config: dict, levels: int) -> list[Callable[..., rewards.Loss]]:
+    """The losses that a batch is used for, one optimiser step each."""
+    if not config["rl"]:
+        return [rewards.elbo_loss]
+    terms = {"gamma": config["gamma"], "skip": config["skip"]}
+    if config["update"] == "stepwise":
+        return [partial(rewards.stepwise_loss, step=t, **terms) for t in range(levels)]
+    loss = rewards.joint_loss if config["update"] == "joint" else rewards.sampled_loss
+    return [partial(loss, **terms)]
+
+
+def kl_terms(config: dict, progress: float) -> dict[str, float]:
+    """The KL's weight and free bits after `progress` epochs."""
+    beta = min(1.0, progress / config["warmup"]) if config["warmup"] else 1.0
+    free_bits = config["free_bits"] if progress < config["free_bits_epochs"] else 0.0
+    return {"beta": beta, "free_bits": free_bits}
+
+
+def train(run: Run, data: Data, bar: tqdm) -> None:
+    """Trains until the last epoch. A stop that was asked for saves and raises SystemExit."""
+    config, model, device = run.config, run.model, run.device
+    dtype = pick_dtype(config["dtype"], device)
+    losses = objectives(config, model.levels)
+    batches = shuffled(data.train, config["batch_size"], config["seed"], run.epoch)
+    last_save, started = time.monotonic(), time.monotonic() - run.seconds
+    recent: list[tuple[int, int, Tensor]] = []  # epoch, update and loss, not looked at yet
+
+    def fail(what: str, epoch: int, update: int) -> NoReturn:
+        raise UserError(
+            f"{what} at epoch {epoch}, update {update}: try a lower --lr or --dtype float32; "
+            f"{run.folder} keeps the last good checkpoint"
+        )
+
+    def look() -> None:
+        """Stops at a loss or a parameter that is not finite, before it can be saved."""
+        values = torch.stack([loss for *_, loss in recent]).tolist() if recent else []
+        for (epoch, update, _), value in zip(recent, values, strict=True):
+            if not math.isfinite(value):
+                fail(f"the loss is {value}", epoch, update)
+            bar.set_postfix(loss=f"{value:.1f}", refresh=False)
+        recent.clear()
+        if not torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all():
+            fail("a parameter is not finite", run.epoch + 1, run.update)
+
+    with Stop() as stop:
+        while run.epoch < config["epochs"]:
+            x = binarize(data.train[batches[run.batch]])
+            terms = kl_terms(config, run.epoch + run.batch / len(batches))
+            for loss_of in losses:
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    with parametrize.cached():  # each normalised weight once, not once a path
+                        value, kl = loss_of(model, x, **terms)
+                run.optimizer.zero_grad()
+                value.backward()
+                run.optimizer.step()
+                run.update += 1
+                value = value.detach()
+                run.sums += torch.cat([torch.stack([value, torch.ones_like(value)]), kl])
+                recent.append((run.epoch + 1, run.update, value))
+            run.batch += 1
+            bar.update()
+            if len(recent) >= CHECK_EVERY:
+                look()
+            if run.batch == len(batches):
+                look()
+                run.seconds = time.monotonic() - started
+                end_of_epoch(run, data, terms, bar)
+                run.epoch, run.batch = run.epoch + 1, 0
+                started = time.monotonic() - run.seconds
+                batches = shuffled(data.train, config["batch_size"], config["seed"], run.epoch)
+            done = run.epoch == config["epochs"]
+            if done or stop.signal or time.monotonic() - last_save >= config["save_every"]:
+                look()
+                run.seconds = time.monotonic() - started
+                run.save()
+                last_save = time.monotonic()
+            if stop.signal and not done:
+                bar.close()
+                print(f"stopped in epoch {run.epoch + 1} after update {run.update}")
+                print(f"go on with: python train.py --resume {run.folder}")
+                raise SystemExit(128 + stop.signal)
+
+
+def end_of_epoch(run: Run, data: Data, terms: dict, bar: tqdm) -> None:
+    """Logs the epoch that has ended; every --eval-every epochs it measures the test split."""
+    config, epoch = run.config, run.epoch + 1
+    loss, losses, *kl = run.sums.tolist()
+    run.sums.zero_()
+    kl = [total / losses for total in kl]
+    line = {"epoch": epoch, "update": run.update, "seconds": round(run.seconds, 2)}
+    line |= {"loss": loss / losses, "kl": kl, **terms}
+    levels = " ".join(f"{v:.2f}" for v in kl)
+    text = f"epoch {epoch:4d}  loss {line['loss']:9.2f}  KL {levels}"
+    measure = config["eval_every"] > 0 and epoch % config["eval_every"] == 0
+    if measure:
+        test = line["test"] = evaluate.glance(run.model, data)
+        text += f"  test: ELBO {test['elbo']:.2f}, z_L probe {test['probe']:.2f} %"
+    run.log(line)
+    if measure or epoch % max(1, config["epochs"] // 20) == 0:
+        bar.write(text)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def introduce(run: Run, data: Data) -> None:
+    """Prints what is about to be trained, and what the paper trains."""
+    c, m = run.config, run.model.config
+    levels, paper = len(m.latents), models.PRESETS["paper"]
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    objective, schedule = "ELBO", "1000 epochs, warm-up of 200, 2 nats free bits for 400"
+    if c["rl"]:
+        objective = f"Q-value, gamma {c['gamma']}, {c['update']} updates, skip by {c['skip']}"
+        schedule = f"{max(1, round(1000 / levels))} epochs, stepwise, no warm-up, no free bits"
+    warmup = f"KL warm-up of {c['warmup']} epochs" if c["warmup"] else "no KL warm-up"
+    free = f", {c['free_bits']} nats free bits for {c['free_bits_epochs']} epochs"
+    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    print(
+        f"model     {c['arch']}, {c['size']}, levels {','.join(m.latents)} from the pixels up, "
+        f"{m.channels} channels, {parameters:.2f} M parameters\n"
+        f"objective {objective}, {warmup}{free if c['free_bits'] else ''}\n"
+        f"data      {c['dataset']}, {len(data.train):,} training and {len(data.test):,} test "
+        f"images of {'x'.join(map(str, m.image))}\n"
+        f"training  {c['epochs']} epochs, batches of {c['batch_size']}, Adam at {c['lr']:g}, "
+        f"seed {c['seed']}\n"
+        f"device    {run.device}{threads}, {pick_dtype(c['dtype'], run.device)}\n"
+        f"paper     levels {','.join(paper['latents'])}, {paper['channels']} channels, batches of "
+        f"128, Adam at 0.0003, {schedule} (--size paper)\n"
+        f"writes to {run.folder}",
+        flush=True,
+    )
+
+
+def prepare(flags: dict) -> tuple[dict, dict | None]:
+    """The configuration of the run and, where it goes on, its checkpoint. Checks the folder."""
+    overwrite, resume = flags.pop("overwrite", False), flags.pop("resume", None)
+    if resume is None:
+        config = defaults(flags)
+        check(config)
+        if (Path(config["out"]) / CHECKPOINT).exists() and not overwrite:
+            raise UserError(
+                f"{config['out']} holds a run already: --resume goes on with it, --overwrite "
+                "starts anew, --out names another folder"
+            )
+        return config, None
+    if overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it: choose one")
+    if resume is not True and flags.setdefault("out", resume) != resume:
+        raise UserError(f"--resume {resume} and --out {flags['out']} name two runs: choose one")
+    flags.setdefault("out", defaults(flags)["out"])
+    state = evaluate.load_checkpoint(Path(flags["out"]))
+    config = dict(state["config"])
+    for key, value in flags.items():
+        if key not in MAY_CHANGE and value != config.get(key):
+            raise UserError(
+                f"the run in {flags['out']} has --{key.replace('_', '-')} {config.get(key)}, not "
+                f"{value}: leave the flag out, or start a new run with --out"
+            )
+        config[key] = value
+    check(config)
+    return config, state
+
+
+def command(flags: dict) -> None:
+    """A run from its flags to its evaluation."""
+    config, state = prepare(flags)
+    device = pick_device(config["device"])
+    data = load(config["dataset"], config["data_dir"]).to(device)
+    run = Run(config, device)
+    folder = run.folder
+    if state is not None:
+        run.restore(state)
+    else:
+        with writing(folder, replace=False):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "eval.json", CHECKPOINT):
+                (folder / name).unlink(missing_ok=True)
+        run.save()
+    evaluate.write_json(folder / "config.json", config)
+    introduce(run, data)
+    idle = [] if config["rl"] else sorted({"gamma", "update", "skip"} & flags.keys())
+    for flag in idle:
+        print(f"note      --{flag} has no effect without --rl")
+    if run.epoch < config["epochs"]:
+        (folder / "eval.json").unlink(missing_ok=True)
+        batches = math.ceil(len(data.train) / config["batch_size"])
+        interval = 0.5 if sys.stderr.isatty() else 15  # seconds between lines of the bar
+        with tqdm(total=config["epochs"] * batches, initial=run.epoch * batches + run.batch,
+                  unit="batch", mininterval=interval, dynamic_ncols=True) as bar:  # fmt: skip
+            train(run, data, bar)
+    if not (folder / "eval.json").exists():
+        print("evaluating", flush=True)
+        result = evaluate.report(folder, config, run.epoch, run.model, data)
+        evaluate.write_json(folder / "eval.json", result)
+    print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
+    print(evaluate.table(json.loads((folder / "eval.json").read_text())))
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = parser()
+    flags = vars(p.parse_args(argv))
+    try:
+        command(flags)
+    except UserError as error:
+        p.error(str(error))
+    except KeyboardInterrupt:  # outside training, or the second one
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
