@@ -8,7 +8,9 @@ The last two are read in torchvision's layout below a data folder (FashionMNIST/
 or .gz), from the folder of Debian's package dataset-fashion-mnist, or downloaded by torchvision.
 """
 
+import contextlib
 import gzip
+import io
 import os
 import socket
 import zlib
@@ -154,10 +156,11 @@ def _download(name: str, data_dir: Path, incomplete: Path | None) -> None:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
-        getattr(datasets, name)(str(data_dir), download=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # each mirror tried is a line there
+            getattr(datasets, name)(str(data_dir), download=True)
     except Exception as error:  # whatever torchvision and the network raise, the user needs a way
         found = f" {incomplete} lacks {', '.join(_missing(incomplete))}." if incomplete else ""
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{name} could not be downloaded ({reason}).{found} {_ways(name, data_dir)}"
         ) from None

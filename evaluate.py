@@ -55,8 +55,8 @@ def linear_probe(
     a fully collapsed level (standard deviation 1e-4) still reads as some classes.
     """
     mean, std = train.mean(axis=0), np.maximum(train.std(axis=0), 0.1)
-    with joblib.parallel_config("threading", n_jobs=os.cpu_count()):
-        svm = OneVsOneClassifier(LinearSVC(dual=False), n_jobs=os.cpu_count())
+    svm = OneVsOneClassifier(LinearSVC(dual=False))
+    with joblib.parallel_config("threading", n_jobs=-1):  # liblinear lets other threads run
         svm.fit((train - mean) / std, train_labels)
     return 100 * float(svm.score((test - mean) / std, test_labels))
 
@@ -194,21 +194,18 @@ def glance(model: models.Hierarchy, data: Data) -> dict:
 def table(result: dict) -> str:
     """The evaluation as text, the top level first, as the hierarchies are drawn."""
     lines = [f"{'level':>6} {'probe %':>8} {'KL':>8} {'active':>7} {'log p(x|z)':>11} {'MINE':>14}"]
-    for level in reversed(range(len(result["kl"]))):
-        name = f"z{level + 1}"
-        information = result["mine"].get(name)
-        lines.append(
-            f"{name:>6} {result['probe'][name]:8.2f} {result['kl'][level]:8.3f} "
-            f"{result['active_units'][level]:7d} {result['log_px_given_z'][level]:11.2f} "
-            + (
-                f"{information['nats']:6.2f} (≤ {information['ceiling']:.2f})"
-                if information
-                else ""
-            )
-        )
-    lines[1:] = [line.rstrip() for line in lines[1:]]
     if not result["mine"]:
         lines[0] = lines[0].removesuffix(f" {'MINE':>14}")
+    for level in reversed(range(len(result["kl"]))):
+        name = f"z{level + 1}"
+        line = (
+            f"{name:>6} {result['probe'][name]:8.2f} {result['kl'][level]:8.3f} "
+            f"{result['active_units'][level]:7d} {result['log_px_given_z'][level]:11.2f}"
+        )
+        if name in result["mine"]:
+            nats, ceiling = (result["mine"][name][key] for key in ("nats", "ceiling"))
+            line += f" {nats:6.2f} (≤ {ceiling:.2f})"
+        lines.append(line)
     iwae = "" if result["iwae"] is None else (
         f"  importance-weighted bound ({result['iwae_samples']} samples) {result['iwae']:.2f} nats"
     )  # fmt: skip

@@ -48,6 +48,8 @@ def skip_log_likelihood(model, x: Tensor, inference, rows: list, skip: str = "me
     The first step of a path, the prior of the level below, is what the KL needs too and stands in
     `inference` already; the rest of all paths is one batched descent.
     """
+    if skip not in ("mean", "sample"):
+        raise ValueError(f"unknown skip {skip!r}: choose mean or sample")
     starts: list[list[Tensor]] = [[] for _ in range(model.levels)]
     for level, selected in enumerate(rows):
         if selected is None:

@@ -365,6 +365,18 @@ def test_sampled_draws_anew_and_small_batches_take_every_path(fixed_noise):
     assert_same(sampled, rewards.joint_loss(model, x[:2], 0.9).value)
 
 
+def test_an_unknown_skip_is_refused():
+    for levels in (1, 3):
+        model, x = tiny("hvae", levels), images(2)
+        with pytest.raises(ValueError, match="unknown skip 'median'"):
+            rewards.joint_loss(model, x, 0.9, skip="median")
+        if levels > 1:
+            with pytest.raises(ValueError, match="unknown skip"):
+                model.decode([None] * (levels - 1) + [model.infer(x).latents[-1]], skip="median")
+    with pytest.raises(ValueError, match="every start is None"):
+        model.decode([None] * 3)
+
+
 def test_path_counts_and_weights():
     for gamma in (0.0, 0.5, 0.9, 0.98):
         for levels in (1, 2, 5, 10):

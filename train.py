@@ -101,7 +101,7 @@ def defaults(given: dict) -> dict:
             config |= dict(epochs=1000, warmup=200, free_bits=2.0, free_bits_epochs=400)
     else:
         digits = config["dataset"] == "digits"
-        config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 25)
+        config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 20)
         if digits and config["rl"]:  # few images: the KL would win before the decoder listens
             config["warmup"] = 20
     config |= given
@@ -331,6 +331,7 @@ def introduce(run: Run, data: Data) -> None:
         schedule = f"{max(1, round(1000 / levels))} epochs, stepwise, no warm-up, no free bits"
     warmup = f"KL warm-up of {c['warmup']} epochs" if c["warmup"] else "no KL warm-up"
     free = f", {c['free_bits']} nats free bits for {c['free_bits_epochs']} epochs"
+    dtype = str(pick_dtype(c["dtype"], run.device)).removeprefix("torch.")
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
     print(
         f"model     {c['arch']}, {c['size']}, levels {','.join(m.latents)} from the pixels up, "
@@ -340,7 +341,7 @@ def introduce(run: Run, data: Data) -> None:
         f"images of {'x'.join(map(str, m.image))}\n"
         f"training  {c['epochs']} epochs, batches of {c['batch_size']}, Adam at {c['lr']:g}, "
         f"seed {c['seed']}\n"
-        f"device    {run.device}{threads}, {pick_dtype(c['dtype'], run.device)}\n"
+        f"device    {run.device}{threads}, {dtype}\n"
         f"paper     levels {','.join(paper['latents'])}, {paper['channels']} channels, batches of "
         f"128, Adam at 0.0003, {schedule} (--size paper)\n"
         f"writes to {run.folder}",
