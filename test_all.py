@@ -1161,11 +1161,11 @@ def test_mistakes_with_runs_give_one_line(few, tmp_path, capsys):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_rl_keeps_the_top_level_informative_where_the_elbo_lets_it_collapse(arch, tmp_path):
-    """Digits, both objectives with the same warm-up, a third of the main job's epochs."""
+    """Digits, both objectives with the same warm-up, less than half of the main job's epochs."""
     found = {}
     for name, rl in (("elbo", []), ("rl", ["--rl"])):
         out = str(tmp_path / name)
-        train.main(["--arch", arch, "--epochs", "24", "--warmup", "8", *rl, "--out", out])
+        train.main(["--arch", arch, "--epochs", "30", "--warmup", "20", *rl, "--out", out])
         found[name] = json.loads(Path(out, "eval.json").read_text())
     assert found["rl"]["kl"][-1] > 1 and min(found["rl"]["kl"]) > 0.5
     assert found["rl"]["active_units"][-1] >= 4
