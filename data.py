@@ -91,12 +91,11 @@ def _mnist(
     folders = [data_dir / name / "raw", data_dir, *elsewhere]
     folder = next((f for f in folders if not _missing(f)), None)
     if folder is None:
-        incomplete = next((f for f in folders[:1] if len(_missing(f)) < 4), None)
         if not download:
             where = ", ".join(str(f) for f in folders)
             raise UserError(f"no {name} in {where}. {_ways(name, data_dir)}")
-        _download(name, data_dir, incomplete)
         folder = folders[0]
+        _download(name, data_dir, folder)
     arrays = []
     for split, count in SPLITS.items():
         images = read_idx(_file(folder, f"{split}-images-idx3-ubyte"), ndim=3)
@@ -150,22 +149,27 @@ def _ways(name: str, data_dir: Path) -> str:
     )
 
 
-def _download(name: str, data_dir: Path, incomplete: Path | None) -> None:
+def _download(name: str, data_dir: Path, folder: Path) -> None:
     from torchvision import datasets
 
+    missing = _missing(folder)
+    found = f" {folder} lacks {', '.join(missing)}." if len(missing) < 4 else ""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # each mirror tried is a line there
             getattr(datasets, name)(str(data_dir), download=True)
     except Exception as error:  # whatever torchvision and the network raise, the user needs a way
-        found = f" {incomplete} lacks {', '.join(_missing(incomplete))}." if incomplete else ""
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{name} could not be downloaded ({reason}).{found} {_ways(name, data_dir)}"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+# --------------------------------------------------------------------------------------------------
+# Where and in what precision
 
 
 def pick_device(name: str) -> torch.device:
@@ -191,7 +195,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # from PyTorch 2.11 on
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch lacks it
         fast = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     return torch.bfloat16 if fast else torch.float32
 
@@ -205,9 +209,9 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def binarize(images: Tensor) -> Tensor:
     """A fresh binary image, float32 0 or 1, each pixel 1 with probability value/255."""
-    noise = torch.rand(images.shape, device=images.device, generator=generator)
+    noise = torch.rand(images.shape, device=images.device)
     return (noise < to_unit(images)).float()
 
 

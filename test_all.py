@@ -664,6 +664,7 @@ def test_mine_never_exceeds_its_ceiling():
         repeated, repeated, (repeated, repeated), hidden=32, epochs=3
     )
     assert estimate.ceiling == pytest.approx(math.log(16))
+    assert max(estimate.curve) <= estimate.ceiling
 
 
 def test_mine_gradient_and_moving_average():
@@ -1095,6 +1096,9 @@ TRAIN_MISTAKES = [
     (["--warmup", "-1"], "--warmup -1: must not be negative"),
     (["--free-bits", "-0.5"], "--free-bits -0.5"),
     (["--seed", "-1"], "--seed -1"),
+    (["--seed", "9" * 30], "must be below 2\\^32"),
+    (["--channels", "99999999"], "out of memory: lower --batch-size"),
+    (["--latents", "9" * 14], "out of memory"),
     (["--device", "tpu"], "unknown device 'tpu': choose auto, cpu, cuda or cuda:N"),
     (["--device", "cuda:x"], "unknown device"),
     (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
@@ -1126,6 +1130,7 @@ def test_mistakes_with_runs_give_one_line(few, tmp_path, capsys):
     fails(capsys, [*resume, "--arch", "hvae"], "has --arch lvae, not hvae: leave the flag out")
     fails(capsys, [*resume, "--lr", "0.5"], "has --lr 0.001, not 0.5")
     fails(capsys, [*resume, "--epochs", "-1"], "--epochs -1")
+    fails(capsys, ["--resume", str(out / "checkpoint.pt")], "is a file: --resume takes the run")
     (tmp_path / "file").write_text("")
     fails(capsys, [*TINY, "--out", str(tmp_path / "file")], "cannot write .*file")
     fails(capsys, [*TINY, "--out", str(tmp_path / "file" / "run")], "cannot write")

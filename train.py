@@ -126,6 +126,8 @@ def check(config: dict) -> None:
     for key in ("epochs", "batch_size", "lr"):
         if not 0 < config[key] < math.inf:
             raise UserError(f"--{key.replace('_', '-')} {config[key]}: must be above 0")
+    if config["seed"] >= 2**32:
+        raise UserError(f"--seed {config['seed']}: must be below 2^32")
     for key in ("warmup", "free_bits", "free_bits_epochs", "seed", "eval_every", "save_every"):
         if not 0 <= config[key] < math.inf:
             raise UserError(f"--{key.replace('_', '-')} {config[key]}: must not be negative")
@@ -366,6 +368,8 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
     if resume is not True and flags.setdefault("out", resume) != resume:
         raise UserError(f"--resume {resume} and --out {flags['out']} name two runs: choose one")
     flags.setdefault("out", defaults(flags)["out"])
+    if Path(flags["out"]).is_file():
+        raise UserError(f"{flags['out']} is a file: --resume takes the run's folder")
     state = evaluate.load_checkpoint(Path(flags["out"]))
     config = dict(state["config"])
     for key, value in flags.items():
@@ -421,6 +425,10 @@ def main(argv: list[str] | None = None) -> None:
         command(flags)
     except UserError as error:
         p.error(str(error))
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        p.error("out of memory: lower --batch-size, --channels or --latents, or --update sampled")
     except KeyboardInterrupt:  # outside training, or the second one
         raise SystemExit(130) from None
 
