@@ -1,26 +1,47 @@
-"""Data sets as uint8 tensors that fit on the device, and batches of them.
+"""Data sets as uint8 tensors, and batches of them.
 
     digits        1,797 handwritten digits that come with scikit-learn, 28x28, no download
-    mnist         60,000 + 10,000, 28x28
-    fashionmnist  60,000 + 10,000, 28x28
+    mnist         60,000 + 10,000, grey 28x28
+    fashionmnist  60,000 + 10,000, grey 28x28
+    cifar10       50,000 + 10,000, 32x32, 10 classes
+    cifar100      50,000 + 10,000, 32x32, 100 classes
+    stl10         5,000 + 8,000 (and 100,000 unlabelled), resized from 96x96 to 32x32, 10 classes
+    tinyimagenet  100,000 + 10,000 (its validation split), 64x64, 200 classes
+    celeba        162,770 + 19,962 aligned faces, resized to 64x64, no classes
+    folder        images of any size below train/ and test/, in a folder a class or without classes
 
-The last two are read in torchvision's layout below a data folder (FashionMNIST/raw/*-ubyte, plain
-or .gz), from the folder of Debian's package dataset-fashion-mnist, or downloaded by torchvision.
+All are read below a data folder in their official layout, or downloaded there. What is decoded or
+resized is kept in decoded/ below the data folder, once, and read from there through a memory map.
 """
 
 import contextlib
 import gzip
+import hashlib
 import io
 import os
 import socket
+import sys
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import joblib
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: of two runs that start at once both may decode
+    fcntl = None
 
 
 class UserError(Exception):
@@ -28,17 +49,22 @@ class UserError(Exception):
 
 
 class Data(NamedTuple):
-    """Images (N, C, H, W) uint8 and labels (N,) int64 of both splits, and the labels' names."""
+    """Images (N, C, H, W) uint8 and labels (N,) int64 of both splits, and the labels' names.
+
+    Labels are None and classes empty where the images have none. `unlabelled` images, where there
+    are some, are those to train on; `train` keeps its part in the probe.
+    """
 
     train: Tensor
-    train_labels: Tensor
+    train_labels: Tensor | None
     test: Tensor
-    test_labels: Tensor
+    test_labels: Tensor | None
     classes: tuple[str, ...]
+    unlabelled: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> "Data":
-        moved = [t.to(device) for t in (self.train, self.train_labels, self.test, self.test_labels)]
-        return Data(*moved, self.classes)
+    @property
+    def to_train_on(self) -> Tensor:
+        return self.train if self.unlabelled is None else self.unlabelled
 
 
 DIGITS = tuple("0123456789")
@@ -46,19 +72,119 @@ FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-DATASETS = ("digits", "mnist", "fashionmnist")
+SHAPES = {  # channels, height, width
+    "digits": (1, 28, 28),
+    "mnist": (1, 28, 28),
+    "fashionmnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+    "stl10": (3, 32, 32),
+    "tinyimagenet": (3, 64, 64),
+    "celeba": (3, 64, 64),
+    "folder": (3, 32, 32),
+}
+DATASETS = tuple(SHAPES)
+IMAGE_FIELDS = ("train", "test", "unlabelled")  # of Data
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
-def load(name: str, data_dir: str | os.PathLike = "data", download: bool = True) -> Data:
-    """A data set on the CPU. Raises UserError with the ways to get it where it cannot be had."""
+def image_shape(name: str, image_size: int | None = None) -> tuple[int, int, int]:
+    """(channels, height, width) of a data set's images; `image_size` is for "folder" alone."""
+    if image_size is None:
+        return SHAPES[name]
+    if name != "folder":
+        raise UserError(f"--image-size is for --dataset folder: {name} has images of its own size")
+    if not 8 <= image_size <= 1024:
+        raise UserError(f"--image-size {image_size}: choose from 8 to 1024 pixels")
+    return (3, image_size, image_size)
+
+
+def load(
+    name: str,
+    data_dir: str | os.PathLike = "data",
+    download: bool = True,
+    image_size: int | None = None,
+    unlabelled: bool = False,
+) -> Data:
+    """A data set on the CPU. Raises UserError with the ways to get it where it cannot be had.
+
+    `image_size` is the side of the images of "folder" (default 32); `unlabelled` adds the 100,000
+    unlabelled images of "stl10".
+    """
+    folder = Path(data_dir)
+    if name not in SHAPES:
+        raise UserError(f"unknown data set {name!r}: choose {', '.join(DATASETS)}")
+    shape = image_shape(name, image_size)
+    if unlabelled and name != "stl10":
+        raise UserError(f"--unlabelled is for --dataset stl10: {name} has no unlabelled split")
     if name == "digits":
         return _digits()
     if name == "mnist":
-        return _mnist("MNIST", Path(data_dir), DIGITS, [], download)
+        return _mnist(name, "MNIST", folder, DIGITS, [], download)
     if name == "fashionmnist":
-        return _mnist("FashionMNIST", Path(data_dir), FASHION, [DEBIAN_FASHION], download)
-    raise UserError(f"unknown data set {name!r}: choose {', '.join(DATASETS)}")
+        return _mnist(name, "FashionMNIST", folder, FASHION, [DEBIAN_FASHION], download)
+    if name in ("cifar10", "cifar100"):
+        return _cifar(name, folder, download)
+    if name == "stl10":
+        return _stl10(folder, download, unlabelled)
+    if name == "tinyimagenet":
+        return _tinyimagenet(folder, download)
+    if name == "celeba":
+        return _celeba(folder, download)
+    return _folder(folder, shape[1])
+
+
+# --------------------------------------------------------------------------------------------------
+# Downloads, and what to do where there is none
+
+PLACES = {
+    "mnist": "the four *-ubyte files (plain or .gz) into {}/MNIST/raw",
+    "fashionmnist": "the four *-ubyte files (plain or .gz) into {}/FashionMNIST/raw",
+    "cifar10": "cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it, into {}",
+    "cifar100": "cifar-100-python.tar.gz, or the folder cifar-100-python in it, into {}",
+    "stl10": "stl10_binary.tar.gz, or the folder stl10_binary in it, into {}",
+    "tinyimagenet": "tiny-imagenet-200.zip, or the folder tiny-imagenet-200 in it, into {}",
+    "celeba": "img_align_celeba.zip (or the folder) and list_eval_partition.txt into {}/celeba",
+}
+
+
+def _ways(name: str, data_dir: Path) -> str:
+    debian = "; or apt-get install dataset-fashion-mnist" if name == "fashionmnist" else ""
+    return (
+        f"Ways to get it: put {PLACES[name].format(data_dir)}; or name another folder with "
+        f"--data-dir; or run where the network is{debian}; or take --dataset digits, which needs "
+        "none"
+    )
+
+
+def _download(name: str, data_dir: Path, fetch: Callable[[], object], found: str = "") -> None:
+    """Runs `fetch`, which downloads; `found` says what is there that is not enough."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # each mirror tried is a line there
+            fetch()
+    except Exception as error:  # whatever torchvision and the network raise, the user needs a way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{name} could not be downloaded ({reason}). {found}{'. ' * bool(found)}"
+            f"{_ways(name, data_dir)}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _absent(name: str, data_dir: Path, what: str) -> UserError:
+    return UserError(f"no {name}: {what}. {_ways(name, data_dir)}")
+
+
+def _whole(listed: list[tuple[Path, str]]) -> str:
+    """What is missing or not as its MD5 sum says among the files of a folder; "" where all is."""
+    missing = [path.name for path, _ in listed if not path.is_file()]
+    damaged = [p.name for p, md5 in listed if p.is_file() and not check_integrity(str(p), md5)]
+    said = [f"lacks {', '.join(missing)}"] if missing else []
+    said += [f"holds damaged files ({', '.join(damaged)})"] if damaged else []
+    return f"{listed[0][0].parent} {' and '.join(said)}" if said else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,16 +212,18 @@ SPLITS = {"train": 60_000, "t10k": 10_000}
 
 
 def _mnist(
-    name: str, data_dir: Path, classes: tuple[str, ...], elsewhere: list[Path], download: bool
+    name: str, base: str, data_dir: Path, classes: tuple, elsewhere: list[Path], download: bool
 ) -> Data:
-    folders = [data_dir / name / "raw", data_dir, *elsewhere]
+    folders = [data_dir / base / "raw", data_dir, *elsewhere]
     folder = next((f for f in folders if not _missing(f)), None)
     if folder is None:
         if not download:
-            where = ", ".join(str(f) for f in folders)
-            raise UserError(f"no {name} in {where}. {_ways(name, data_dir)}")
+            raise _absent(name, data_dir, f"not in {', '.join(map(str, folders))}")
         folder = folders[0]
-        _download(name, data_dir, folder)
+        missing = _missing(folder)
+        found = f"{folder} lacks {', '.join(missing)}" if len(missing) < 4 else ""
+        fetch = getattr(datasets, base)
+        _download(name, data_dir, lambda: fetch(str(data_dir), download=True), found)
     arrays = []
     for split, count in SPLITS.items():
         images = read_idx(_file(folder, f"{split}-images-idx3-ubyte"), ndim=3)
@@ -140,32 +268,364 @@ def read_idx(path: Path, ndim: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
 
 
-def _ways(name: str, data_dir: Path) -> str:
-    debian = "; or apt-get install dataset-fashion-mnist" if name == "FashionMNIST" else ""
-    return (
-        f"Ways to get it: put the four *-ubyte files (plain or .gz) into {data_dir / name / 'raw'}"
-        f"; or name the folder above {name}/ with --data-dir; or run where the network is{debian}; "
-        "or take --dataset digits, which needs none"
+# --------------------------------------------------------------------------------------------------
+# CIFAR and STL-10
+
+
+def _cifar(name: str, data_dir: Path, download: bool) -> Data:
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+
+    def splits() -> list[datasets.CIFAR10]:
+        return [kind(str(data_dir), train=train) for train in (True, False)]
+
+    try:
+        train, test = splits()
+    except (RuntimeError, OSError):  # not there, or not what its checksums say
+        base = data_dir / kind.base_folder
+        listed = [(kind.meta["filename"], kind.meta["md5"]), *kind.train_list, *kind.test_list]
+        found = _whole([(base / file, md5) for file, md5 in listed])
+        if not download:
+            raise _absent(name, data_dir, found) from None
+        fetch = partial(kind, str(data_dir), download=True)
+        _download(name, data_dir, fetch, found if base.is_dir() else "")
+        train, test = splits()
+    tensors = []
+    for split in (train, test):
+        tensors.append(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous())
+        tensors.append(torch.tensor(split.targets))
+    return Data(*tensors, tuple(train.classes))
+
+
+def _stl10(data_dir: Path, download: bool, unlabelled: bool) -> Data:
+    kind, base = datasets.STL10, data_dir / datasets.STL10.base_folder
+    sums = dict(map(tuple, [*kind.train_list, *kind.test_list]))
+    files = {"train": "train_X.bin", "test": "test_X.bin", "unlabelled": "unlabeled_X.bin"}
+    if not unlabelled:
+        del files["unlabelled"]
+    needed = [*files.values(), "train_y.bin", "test_y.bin"]
+    listed = [(base / file, sums[file]) for file in needed]
+    if not all(path.is_file() for path, _ in listed):
+        found = _whole(listed)
+        if not download:
+            raise _absent("stl10", data_dir, found)
+        fetch = partial(kind, str(data_dir), split="test", download=True)
+        _download("stl10", data_dir, fetch, found if base.is_dir() else "")
+
+    def blocks(file: str) -> Iterator[np.ndarray]:
+        if damaged := _whole(listed):
+            raise UserError(f"stl10: {damaged}: delete them. {_ways('stl10', data_dir)}")
+        columns_first = np.memmap(base / file, np.uint8, "r").reshape(-1, 3, 96, 96)
+        for start in range(0, len(columns_first), BLOCK):
+            rows_first = torch.from_numpy(columns_first[start : start + BLOCK].copy()).mT
+            yield resize(rows_first, [32, 32], antialias=True).numpy()
+
+    arrays = {}
+    for split, file in files.items():
+        stat = (base / file).stat()
+        shape = (stat.st_size // (3 * 96 * 96), 3, 32, 32)
+        signature = f"{stat.st_size} {stat.st_mtime_ns}"
+        path = data_dir / "decoded" / f"stl10-{split}.npy"
+        arrays[split] = _cached(path, shape, signature, partial(blocks, file))
+    labels = {}
+    for split in ("train", "test"):
+        labels[split] = torch.from_numpy(np.fromfile(base / f"{split}_y.bin", np.uint8)).long() - 1
+        if len(labels[split]) != len(arrays[split]):
+            raise UserError(
+                f"stl10: {base / split}_y.bin has {len(labels[split])} labels for "
+                f"{len(arrays[split])} images: delete it. {_ways('stl10', data_dir)}"
+            )
+    names = base / kind.class_names_file
+    classes = tuple(names.read_text().split()) if names.is_file() else DIGITS
+    return Data(
+        arrays["train"], labels["train"], arrays["test"], labels["test"], classes,
+        arrays.get("unlabelled"),
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Picture files: TinyImageNet, CelebA and folders of the user's own
+
+PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class Files:
+    """The files below a folder, or in a zip, by their relative names in sorted order.
+
+    `stamps` has of each its size and its time of change, or its checksum in a zip.
+    """
+
+    def __init__(self, root: Path):
+        self.root, self.zip = root, None
+        try:
+            if root.is_dir():
+                found = {}
+                for folder, _, names in os.walk(root, followlinks=True):
+                    base = os.path.relpath(folder, root).replace(os.sep, "/")
+                    for name in names:
+                        stat = os.stat(os.path.join(folder, name))
+                        key = name if base == "." else f"{base}/{name}"
+                        found[key] = (stat.st_size, stat.st_mtime_ns)
+            else:
+                self.zip = zipfile.ZipFile(root)
+                found = {i.filename: (i.file_size, i.CRC) for i in self.zip.infolist()}
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{root} cannot be read ({error}): get it again") from None
+        self.stamps = dict(sorted(found.items()))
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self.zip.read(name) if self.zip else (self.root / name).read_bytes()
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{self.root}: {name} cannot be read ({error}): get it again") from None
+
+    def text(self, name: str) -> str:
+        return self.read(name).decode("utf-8", errors="replace")
+
+    def pictures(self, folder: str) -> list[str]:
+        """The picture files below a folder ("" or ending in /)."""
+        return [
+            name for name in self.stamps
+            if name.startswith(folder) and name.lower().endswith(PICTURES)
+            and not name.rpartition("/")[2].startswith("._")  # what macOS leaves beside each file
+        ]  # fmt: skip
+
+
+def _tinyimagenet(data_dir: Path, download: bool) -> Data:
+    base, name = "tiny-imagenet-200", "tinyimagenet"
+    places = [data_dir / base, data_dir, data_dir / f"{base}.zip"]
+    root = next((p for p in places if (p / "wnids.txt").is_file() or p.is_file()), None)
+    if root is None and places[0].is_dir():
+        raise UserError(f"{places[0]} lacks wnids.txt. {_ways(name, data_dir)}")
+    if root is None:
+        root = places[-1]
+        if not download:
+            raise _absent(name, data_dir, f"neither {places[0]} nor {root} is there")
+        url, md5 = f"http://cs231n.stanford.edu/{root.name}", "90528d7ca1a48142e341f4ef8d21d0de"
+        _download(name, data_dir, partial(download_url, url, str(data_dir), root.name, md5))
+    files = Files(root)
+    top = "" if root.is_dir() else f"{base}/"
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"{root}: {what}: get it again. {_ways(name, data_dir)}")
+
+    wnids = sorted(files.text(f"{top}wnids.txt").split())
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    train, train_labels = [], []
+    for file in files.pictures(f"{top}train/"):  # train/WNID/images/WNID_7.JPEG
+        wnid = file.removeprefix(f"{top}train/").partition("/")[0]
+        if wnid in label_of:
+            train.append(file)
+            train_labels.append(label_of[wnid])
+    if missing := [wnids[label] for label in sorted(set(label_of.values()) - set(train_labels))]:
+        raise wrong(f"no training images of {', '.join(missing[:3])} ({len(missing)} classes)")
+    # The images of all classes lie in one folder, and only this file tells which is which.
+    annotated = {}
+    for line in files.text(f"{top}val/val_annotations.txt").splitlines():
+        file, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in label_of:
+            raise wrong(f"val_annotations.txt has a line that names no class: {line[:60]!r}")
+        annotated[f"{top}val/images/{file}"] = label_of[wnid]
+    test = files.pictures(f"{top}val/images/")
+    if set(test) != set(annotated):
+        odd = sorted(set(test) ^ set(annotated))
+        raise wrong(f"val/images and val_annotations.txt differ in {odd[0]} ({len(odd)} in all)")
+    test_labels = [annotated[file] for file in test]
+    classes = tuple(wnids)
+    if f"{top}words.txt" in files.stamps:
+        words = dict(line.split("\t", 1) for line in files.text(f"{top}words.txt").splitlines()
+                     if "\t" in line)  # fmt: skip
+        classes = tuple(words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
+    images = [
+        _decoded(files, names, 64, None, data_dir / "decoded" / f"tinyimagenet-{split}.npy")
+        for split, names in (("train", train), ("test", test))
+    ]
+    return Data(
+        images[0], torch.tensor(train_labels), images[1], torch.tensor(test_labels), classes
     )
 
 
-def _download(name: str, data_dir: Path, folder: Path) -> None:
-    from torchvision import datasets
+def _celeba(data_dir: Path, download: bool) -> Data:
+    def find(*names: str) -> Path | None:
+        folders = [data_dir / base for base in ("celeba", "celeba/Img", "celeba/Eval", ".")]
+        return next((f / n for n in names for f in folders if (f / n).exists()), None)
 
-    missing = _missing(folder)
-    found = f" {folder} lacks {', '.join(missing)}." if len(missing) < 4 else ""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
+    def parts() -> tuple[Path | None, Path | None]:
+        partition = find("list_eval_partition.txt", "list_eval_partition.csv")
+        return partition, find("img_align_celeba", "img_align_celeba.zip")
+
+    partition, root = parts()
+    if partition is None or root is None:
+        lacking = " and ".join(
+            what for what, path in (("list_eval_partition.txt", partition),
+                                    ("img_align_celeba", root)) if path is None
+        )  # fmt: skip
+        if not download:
+            raise _absent("celeba", data_dir, f"{data_dir / 'celeba'} lacks {lacking}")
+        fetch = partial(datasets.CelebA, str(data_dir), download=True)
+        _download("celeba", data_dir, fetch, f"{data_dir / 'celeba'} lacks {lacking}")
+        partition, root = parts()
+    files = Files(root)
+    path_of = {name.rpartition("/")[2]: name for name in files.pictures("")}
+    splits: dict[str, list[str]] = {"0": [], "1": [], "2": []}  # training, validation, test
+    for line in partition.read_text().splitlines():
+        name, _, split = line.replace(",", " ").partition(" ")
+        if name.lower().endswith(PICTURES) and split.strip() in splits:
+            splits[split.strip()].append(name)
+    for split in ("0", "2"):
+        if not splits[split]:
+            raise UserError(f"{partition} names no images of split {split}: get it again")
+        if missing := [name for name in splits[split] if name not in path_of]:
+            raise UserError(
+                f"{root} lacks {missing[0]} and {len(missing) - 1} more images that "
+                f"{partition.name} names: unpack img_align_celeba.zip again"
+            )
+    images = [  # the middle 148 x 148 of 178 x 218, the face
+        _decoded(files, [path_of[n] for n in splits[split]], 64, 148,
+                 data_dir / "decoded" / f"celeba-{split_name}.npy")
+        for split, split_name in (("0", "train"), ("2", "test"))
+    ]  # fmt: skip
+    return Data(images[0], None, images[1], None, ())
+
+
+def _folder(root: Path, side: int) -> Data:
+    for split in ("train", "test"):
+        if not (root / split).is_dir():
+            raise UserError(
+                f"{root} has no folder {split}/: --dataset folder reads images from train/ and "
+                "test/ below --data-dir, in a folder a class or in none"
+            )
+    found = {split: Files(root / split) for split in ("train", "test")}
+    names = {split: files.pictures("") for split, files in found.items()}
+    for split, pictures in names.items():
+        if not pictures:
+            raise UserError(f"{root / split} has no images ({', '.join(PICTURES)})")
+    classes = {s: [n.partition("/")[0] if "/" in n else "" for n in names[s]] for s in names}
+    known = sorted(set(classes["train"]))
+    if "" in known and len(known) > 1:
+        raise UserError(f"{root / 'train'} has images beside the class folders: move them into one")
+    labels = {}
+    if len(known) > 1:  # a single class says no more than none
+        if odd := sorted(set(classes["test"]) - set(known)):
+            odd = f"the class {odd[0]!r}" if odd[0] else "images outside the class folders"
+            raise UserError(f"{root / 'test'} has {odd}, which {root / 'train'} has not")
+        index = {name: label for label, name in enumerate(known)}
+        labels = {s: torch.tensor([index[name] for name in classes[s]]) for s in names}
+    images = {
+        split: _decoded(found[split], names[split], side, None,
+                        root / "decoded" / f"folder-{split}-{side}.npy")
+        for split in names
+    }  # fmt: skip
+    return Data(images["train"], labels.get("train"), images["test"], labels.get("test"),
+                tuple(known) if labels else ())  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding once
+
+BLOCK = 512  # images decoded together
+
+
+def _decoded(files: Files, names: list[str], side: int, crop: int | None, path: Path) -> Tensor:
+    """The named pictures as (N, 3, side, side), from `path` where they have been decoded before."""
+    lines = "".join(f"{name} {files.stamps[name]}\n" for name in names)
+    signature = hashlib.sha256(f"{side} {crop}\n{lines}".encode()).hexdigest()
+
+    def blocks() -> Iterable[np.ndarray]:
+        parts = (names[i : i + BLOCK] for i in range(0, len(names), BLOCK))
+        jobs = 1 if len(names) < 8 * BLOCK else -1  # processes take seconds to start
+        work = joblib.Parallel(jobs, return_as="generator", max_nbytes=None)
+        return work(joblib.delayed(decode)(files.root, part, side, crop) for part in parts)
+
+    return _cached(path, (len(names), 3, side, side), signature, blocks)
+
+
+def decode(root: Path, names: list[str], side: int, crop: int | None) -> np.ndarray:
+    """Pictures of a folder or zip as uint8 (N, 3, side, side): the middle square, of `crop` pixels
+    or as large as fits, resized (bilinear, antialiased). Grey ones get three equal channels."""
+    archive = zipfile.ZipFile(root) if root.is_file() else None
+    images = np.empty((len(names), 3, side, side), np.uint8)
+    for i, name in enumerate(names):
+        try:
+            file = io.BytesIO(archive.read(name)) if archive else root / name  # checks the CRC
+            with Image.open(file) as picture:
+                width, height = picture.size
+                square = min(width, height, crop or width)
+                left, top = (width - square) // 2, (height - square) // 2
+                box = (left, top, left + square, top + square)
+                rgb = picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box)
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            reason = str(error) or type(error).__name__
+            raise UserError(
+                f"{root}: {name} is not a whole image ({reason}): get it again or delete it"
+            ) from None
+        images[i] = np.asarray(rgb).transpose(2, 0, 1)
+    return images
+
+
+def _cached(
+    path: Path, shape: tuple[int, ...], signature: str, blocks: Callable[[], Iterable[np.ndarray]]
+) -> Tensor:
+    """A uint8 array that lies in `path`, memory-mapped. Where that is not there whole or was made
+    from a source with another signature, it is first made of `blocks`, in order."""
+
+    def opened() -> Tensor | None:
+        try:
+            if mark.read_text() != signature:
+                return None
+            array = np.load(path, mmap_mode="c")  # copy on write: the file never changes
+        except (OSError, ValueError):
+            return None
+        return torch.from_numpy(array) if array.shape == shape else None
+
+    mark = path.with_suffix(".source")
+    found = opened()
+    if found is not None:
+        return found
+    with writing(path.parent, replace=False):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.parent / "lock", "w")  # noqa: SIM115
+    with lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it just now
+        found = opened()
+        if found is not None:
+            return found
+        mark.unlink(missing_ok=True)
+        with writing(path) as beside, open(beside, "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            interval = 0.5 if sys.stderr.isatty() else 15  # seconds between lines of the bar
+            with tqdm(total=shape[0], desc=f"decoding {path.stem}", unit="image", leave=False,
+                      mininterval=interval, disable=shape[0] < 8 * BLOCK) as bar:  # fmt: skip
+                for block in blocks():
+                    file.write(block.tobytes())
+                    bar.update(len(block))
+        with writing(mark) as beside:
+            beside.write_text(signature)
+    return opened()
+
+
+@contextlib.contextmanager
+def writing(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Gives a path to write to, renamed to `path` at the end: that file is whole or as it was.
+
+    With replace=False it gives `path` itself. UserError where the disk does not take it.
+    """
+    beside = path.with_name(path.name + ".tmp") if replace else path
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # each mirror tried is a line there
-            getattr(datasets, name)(str(data_dir), download=True)
-    except Exception as error:  # whatever torchvision and the network raise, the user needs a way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        yield beside
+        if replace:
+            os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        kept = "what was there before is kept; " if path.exists() else ""
         raise UserError(
-            f"{name} could not be downloaded ({reason}).{found} {_ways(name, data_dir)}"
+            f"cannot write {path} ({reason}): {kept}make room or name another folder"
         ) from None
     finally:
-        socket.setdefaulttimeout(timeout)
+        if replace:
+            beside.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,6 +660,22 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def place(data: Data, device: torch.device, mode: str = "auto") -> Data:
+    """The data with its images in the device's memory ("on"), where they are ("off"), or in the
+    device's memory where they take at most a quarter of what is free there ("auto").
+
+    Images that stay behind, in memory or in a file's map, go to the device batch by batch. On the
+    CPU "on" reads maps into memory and "auto" is "off". Labels stay on the CPU.
+    """
+    images = {k: v for k, v in data._asdict().items() if v is not None and k in IMAGE_FIELDS}
+    if mode == "auto" and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        mode = "on" if sum(t.numel() for t in images.values()) <= free / 4 else "off"
+    if mode != "on":
+        return data
+    return data._replace(**{k: v.to(device, copy=True) for k, v in images.items()})
+
+
 # --------------------------------------------------------------------------------------------------
 # Batches
 
@@ -215,6 +691,14 @@ def binarize(images: Tensor) -> Tensor:
     return (noise < to_unit(images)).float()
 
 
+def observed(images: Tensor) -> Tensor:
+    """What a model is to explain of uint8 images (B, C, H, W), float32 in [0, 1].
+
+    Grey images (C = 1) are binarised afresh, colour images keep their 8-bit values.
+    """
+    return binarize(images) if images.shape[1] == 1 else to_unit(images)
+
+
 def shuffled(images: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """The batches of an epoch as index tensors, the last one smaller.
 
@@ -225,6 +709,7 @@ def shuffled(images: Tensor, batch_size: int, seed: int, epoch: int) -> list[Ten
     return list(order.split(batch_size))
 
 
-def in_order(images: Tensor, batch_size: int = 512) -> Iterator[Tensor]:
-    """All images once, batch by batch."""
-    return iter(images.split(batch_size))
+def in_order(images: Tensor, device: torch.device, pixels: int = 512 * 28 * 28) -> Iterator[Tensor]:
+    """All images (N, ...) once, on the device, in batches of about so many values: 512 of 28x28."""
+    for batch in images.split(max(1, pixels // images[0].numel())):
+        yield batch.to(device)

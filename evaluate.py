@@ -5,10 +5,8 @@ python evaluate.py runs/digits-lvae-rl-0 --json --mine
 """
 
 import argparse
-import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +14,7 @@ from typing import NoReturn
 import joblib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.multiclass import OneVsOneClassifier
 from sklearn.svm import LinearSVC
 from torch import Tensor
@@ -23,7 +22,17 @@ from torch import Tensor
 import mine
 import models
 import rewards
-from data import Data, UserError, binarize, in_order, load, pick_device, to_unit
+from data import (
+    Data,
+    UserError,
+    in_order,
+    load,
+    observed,
+    pick_device,
+    place,
+    to_unit,
+    writing,
+)
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1  # of checkpoints
@@ -34,14 +43,47 @@ FORMAT = 1  # of checkpoints
 
 
 @torch.no_grad()
-def representations(model: models.Hierarchy, images: Tensor, sample: bool = False) -> list[Tensor]:
-    """Each level's representation (N, D) of uint8 images, bottom to top, on the images' device.
+def latents(
+    model: models.Hierarchy, images: Tensor, sample: bool = False
+) -> Iterator[list[Tensor]]:
+    """Batch by batch the representation of uint8 images at each level, bottom to top, on the
+    model's device: the posterior mean given the means of the levels it is conditioned on, of the
+    grey or colour image; with `sample` a sample of the posterior instead."""
+    for batch in in_order(images, model.zero.device):
+        yield model.infer(to_unit(batch), sample=sample).latents
 
-    The posterior mean given the means of the levels it is conditioned on, of the grey image; with
-    `sample` a sample of the posterior instead.
+
+def representations(
+    model: models.Hierarchy, images: Tensor, sample: bool = False, widest: int | None = None
+) -> list[Tensor]:
+    """Each level's representation (N, D) of uint8 images, bottom to top, on the model's device.
+
+    Maps of more than `widest` numbers an image are first averaged over squares to fewer.
     """
-    batches = [model.infer(to_unit(b), sample=sample).latents for b in in_order(images)]
-    return [torch.cat(level).flatten(1) for level in zip(*batches, strict=True)]
+
+    def flat(z: Tensor) -> Tensor:
+        if widest is not None and z.dim() == 4 and z[0].numel() > widest:
+            z = F.adaptive_avg_pool2d(z, max(1, math.isqrt(widest // z.shape[1])))
+        return z.flatten(1)
+
+    out: list[Tensor] = []
+    done = 0
+    for batch in latents(model, images, sample):
+        batch = [flat(z) for z in batch]
+        out = out or [z.new_empty(len(images), z.shape[1]) for z in batch]
+        for whole, part in zip(out, batch, strict=True):
+            whole[done : done + len(part)] = part
+        done += len(batch[0])
+    return out
+
+
+def principal_components(
+    train: np.ndarray, test: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both (N, D) in the basis of the training split's `most` leading principal components."""
+    mean = train.mean(axis=0)
+    basis = np.linalg.eigh((train - mean).T @ (train - mean))[1][:, ::-1][:, :most]
+    return (train - mean) @ basis, (test - mean) @ basis
 
 
 def linear_probe(
@@ -52,22 +94,48 @@ def linear_probe(
     Standardised on the training split, but a dimension with a variance below 0.01, the usual
     threshold of an inactive unit, is only centred: blown up to unit variance, the rounding noise of
     a fully collapsed level (standard deviation 1e-4) still reads as some classes.
+
+    With more than 20 classes, the principal components take the place of a representation with
+    more dimensions than a quarter of the images a pair of classes has: LIBLINEAR's thousands of
+    problems would else be separable, and each take seconds.
     """
-    mean, std = train.mean(axis=0), np.maximum(train.std(axis=0), 0.1)
+    mean = train.mean(axis=0, dtype=np.float64).astype(train.dtype)
+    std = np.maximum(train.std(axis=0, dtype=np.float64), 0.1).astype(train.dtype)
+    train, test = (train - mean) / std, (test - mean) / std
+    classes = len(np.unique(train_labels))
+    most = max(1, len(train) * 2 // classes // 4)
+    if classes > 20 and train.shape[1] > most:
+        train, test = principal_components(train, test, most)
     svm = OneVsOneClassifier(LinearSVC(dual=False))
     with joblib.parallel_config("threading", n_jobs=-1):  # liblinear lets other threads run
-        svm.fit((train - mean) / std, train_labels)
-    return 100 * float(svm.score((test - mean) / std, test_labels))
+        svm.fit(train, train_labels)
+    # The scores of all pairs (19,900 of 200 classes) are held for a part of the images at a time.
+    parts = range(0, len(test), 500)
+    found = np.concatenate([svm.predict(test[i : i + 500]) for i in parts])
+    return 100 * float((found == test_labels).mean())
+
+
+WIDEST = 1024  # numbers of a level that the probe takes: wider maps are averaged over squares
 
 
 def probes(model: models.Hierarchy, data: Data) -> dict[str, float]:
-    """The probe of each level and of all levels together: {"z1": ..., "zL": ..., "all": ...}."""
-    train = [r.cpu().double().numpy() for r in representations(model, data.train)]
-    test = [r.cpu().double().numpy() for r in representations(model, data.test)]
-    labels = data.train_labels.cpu().numpy(), data.test_labels.cpu().numpy()
-    views = {f"z{level + 1}": (train[level], test[level]) for level in range(model.levels)}
-    views["all"] = np.concatenate(train, axis=1), np.concatenate(test, axis=1)
-    return {name: linear_probe(a, labels[0], b, labels[1]) for name, (a, b) in views.items()}
+    """The probe of each level and of all levels together: {"z1": ..., "zL": ..., "all": ...}.
+
+    Empty where the images have no labels.
+    """
+    if data.train_labels is None:
+        return {}
+    labels = data.train_labels.numpy(), data.test_labels.numpy()
+    train, test = (
+        [level.cpu().numpy() for level in representations(model, images, widest=WIDEST)]
+        for images in (data.train, data.test)
+    )
+    found = {
+        f"z{level + 1}": linear_probe(train[level], labels[0], test[level], labels[1])
+        for level in range(model.levels)
+    }
+    whole = np.concatenate(train, axis=1), np.concatenate(test, axis=1)
+    return found | {"all": linear_probe(whole[0], labels[0], whole[1], labels[1])}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -79,31 +147,39 @@ def bits_per_dimension(nats: float, dims: int) -> float:
     return -nats / (dims * math.log(2))
 
 
-def active_units(representation: Tensor, threshold: float = 0.01) -> int:
-    """Dimensions of (N, D) posterior means whose variance over the data exceeds the threshold."""
-    return int((representation.var(dim=0, unbiased=False) > threshold).sum())
+def active_units(model: models.Hierarchy, images: Tensor, threshold: float = 0.01) -> list[int]:
+    """How many dimensions of each level have a posterior mean whose variance over the images
+    exceeds the threshold (Burda et al. 2016), bottom to top."""
+    sums: list[list[Tensor]] = []
+    for batch in latents(model, images):
+        z = [level.flatten(1).double() for level in batch]
+        moments = [torch.stack([v.sum(0), v.square().sum(0)]) for v in z]
+        sums = moments if not sums else [a + b for a, b in zip(sums, moments, strict=True)]
+    means = (total / len(images) for total in sums)
+    return [int((square - mean.square() > threshold).sum()) for mean, square in means]
 
 
 @torch.no_grad()
 def densities(model: models.Hierarchy, images: Tensor, samples: int = 0, seed: int = 0) -> dict:
-    """Means over binarised images, nats: "kl" and "log_px_given_z" per level, "elbo", "iwae".
+    """Means over (binarised) images, nats: "kl" and "log_px_given_z" per level, "elbo", "iwae".
 
     One posterior sample an image, skip paths by the prior means; "iwae" is the importance-weighted
     bound with `samples` samples, None where that is 0. The caller's random state is untouched.
     """
-    devices = [images.device] if images.device.type == "cuda" else []
+    device = model.zero.device
+    devices = [device] if device.type == "cuda" else []
     kl, log_px, iwae = [], [], []
     every = [slice(None)] * model.levels
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        for batch in in_order(images):
-            x = binarize(batch)
+        for batch in in_order(images, device):
+            x = observed(batch)
             inference = model.infer(x)
             kl.append(rewards.level_kl(inference))
             paths = rewards.skip_log_likelihood(model, x, inference, every)
             log_px.append(paths.view(model.levels, -1))
             if samples:
-                iwae.append(rewards.importance_weighted_bound(model, x, samples))
+                iwae.append(rewards.importance_weighted_bound(model, x, samples, 2 * len(x)))
     kl, log_px = torch.cat(kl, dim=1).double(), torch.cat(log_px, dim=1).double()
     return {
         "kl": kl.mean(dim=1).tolist(),
@@ -116,13 +192,14 @@ def densities(model: models.Hierarchy, images: Tensor, samples: int = 0, seed: i
 def level_information(model: models.Hierarchy, data: Data, level: int, seed: int = 0) -> dict:
     """MINE between grey images and posterior samples of a level: trained on the training split,
     measured on the test split; {"nats", "ceiling"}."""
-    devices = [data.train.device] if data.train.device.type == "cuda" else []
+    device = model.zero.device
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         z = representations(model, data.train, sample=True)[level]
         z_test = representations(model, data.test, sample=True)[level]
-    held_out = to_unit(data.test), z_test
-    estimate = mine.mutual_information(to_unit(data.train), z, held_out, seed=seed)
+    held_out = to_unit(data.test.to(device)), z_test
+    estimate = mine.mutual_information(to_unit(data.train.to(device)), z, held_out, seed=seed)
     return {"nats": estimate.nats, "ceiling": estimate.ceiling}
 
 
@@ -164,7 +241,7 @@ def evaluate(
     Percentages from 0 to 100, nats per image; kl, active_units and log_px_given_z bottom to top.
     """
     result = {"probe": probes(model, data), **densities(model, data.test, samples)}
-    result["active_units"] = [active_units(r) for r in representations(model, data.test)]
+    result["active_units"] = active_units(model, data.test)
     result["iwae_samples"] = samples
     result["bpd"] = bits_per_dimension(result["elbo"], data.test[0].numel())
     result["mine"] = {
@@ -181,24 +258,31 @@ def report(run: Path, config: dict, epoch: int, model, data: Data, *options) -> 
 
 def glance(model: models.Hierarchy, data: Data) -> dict:
     """A cheap look during training: KL and ELBO of the test split, and the probe of z_L fitted on
-    10,000 training images."""
-    splits = (data.train[:10_000], data.train_labels[:10_000]), (data.test, data.test_labels)
-    views = []
-    for images, labels in splits:
-        views += [representations(model, images)[-1].cpu().double().numpy(), labels.cpu().numpy()]
+    10,000 training images where they have labels."""
     measured = densities(model, data.test)
-    return {"probe": linear_probe(*views), "kl": measured["kl"], "elbo": measured["elbo"]}
+    found = {"kl": measured["kl"], "elbo": measured["elbo"]}
+    if data.train_labels is None:
+        return found
+    some = torch.arange(0, len(data.train), max(1, len(data.train) // 10_000))[:10_000]
+    views = []
+    for images, labels in (
+        (data.train[some], data.train_labels[some]),
+        (data.test, data.test_labels),
+    ):
+        views += [representations(model, images)[-1].cpu().numpy(), labels.numpy()]
+    return {"probe": linear_probe(*views)} | found
 
 
 def table(result: dict) -> str:
     """The evaluation as text, the top level first, as the hierarchies are drawn."""
+    probe = {name: f"{value:8.2f}" for name, value in result["probe"].items()}
     lines = [f"{'level':>6} {'probe %':>8} {'KL':>8} {'active':>7} {'log p(x|z)':>11} {'MINE':>14}"]
     if not result["mine"]:
         lines[0] = lines[0].removesuffix(f" {'MINE':>14}")
     for level in reversed(range(len(result["kl"]))):
         name = f"z{level + 1}"
         line = (
-            f"{name:>6} {result['probe'][name]:8.2f} {result['kl'][level]:8.3f} "
+            f"{name:>6} {probe.get(name, '-'):>8} {result['kl'][level]:8.3f} "
             f"{result['active_units'][level]:7d} {result['log_px_given_z'][level]:11.2f}"
         )
         if name in result["mine"]:
@@ -208,30 +292,9 @@ def table(result: dict) -> str:
     iwae = "" if result["iwae"] is None else (
         f"  importance-weighted bound ({result['iwae_samples']} samples) {result['iwae']:.2f} nats"
     )  # fmt: skip
-    lines.append(f"{'all':>6} {result['probe']['all']:8.2f} {sum(result['kl']):8.3f}")
+    lines.append(f"{'all':>6} {probe.get('all', '-'):>8} {sum(result['kl']):8.3f}")
     lines.append(f"ELBO {result['elbo']:.2f} nats{iwae}  bpd {result['bpd']:.4f} (of the ELBO)")
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def writing(path: Path, replace: bool = True) -> Iterator[Path]:
-    """Gives a path to write to, renamed to `path` at the end: that file is whole or as it was.
-
-    With replace=False it gives `path` itself. UserError where the disk does not take it.
-    """
-    beside = path.with_name(path.name + ".tmp") if replace else path
-    try:
-        yield beside
-        if replace:
-            os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        if replace:
-            beside.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        kept = "what was there before is kept; " if path.exists() else ""
-        raise UserError(
-            f"cannot write {path} ({reason}): {kept}make room or name another folder"
-        ) from None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -252,6 +315,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     parser.add_argument("--data-dir", help="where the data sets are (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--device-data", choices=("auto", "on", "off"), default="auto", help="as in training"
+    )
     parser.add_argument("--out", type=Path, help="write the JSON object to this file as well")
     parser.add_argument(
         "--samples", type=int, default=16, help="of the importance-weighted bound (default 16)"
@@ -281,7 +347,9 @@ def run(args: argparse.Namespace) -> dict:
     elif args.mine:
         levels = [model.levels - 1]
     device = pick_device(args.device)
-    data = load(config["dataset"], args.data_dir or config["data_dir"]).to(device)
+    data = load(config["dataset"], args.data_dir or config["data_dir"],
+                image_size=config.get("image_size"))  # fmt: skip
+    data = place(data, device, args.device_data)
     if tuple(data.train.shape[1:]) != tuple(model.config.image):
         raise UserError(f"{args.run} was trained on other images than {config['dataset']} now has")
     model = model.to(device)

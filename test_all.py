@@ -4,19 +4,27 @@ Tests of real data look in the folder that DATA_DIR names, and for FashionMNIST 
 """
 
 import gzip
+import hashlib
 import itertools
 import json
 import math
 import os
+import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
+import types
 import urllib.error
+import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import torchvision
@@ -242,6 +250,246 @@ def test_half_precision_never_reaches_likelihoods():
         assert r.dtype == torch.float32 and rewards.q_value(r, 0.9).dtype == torch.float32
         for loss in (rewards.joint_loss, rewards.sampled_loss):
             assert loss(model, x, gamma=0.9).value.dtype == torch.float32
+
+
+# models.py: the likelihood of colour images
+
+
+def mixture(
+    channels: int,
+    values: int = 256,
+    side: int = 2,
+    n: int = 3,
+    spread: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> models.LogisticMixture:
+    raw = torch.randn(n, models.LogisticMixture.parameters(channels), side, side, dtype=dtype)
+    return models.LogisticMixture(raw * spread, channels, values=values)
+
+
+def eight_bit(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randint(0, 256, shape).to(dtype) / 255
+
+
+def literal_mixture_log_prob(raw, x, values=256):
+    """Section 2.1 and 2.2 of PixelCNN++ as they stand, pixel by pixel, bin by bin, on floats."""
+    channels, half = x.shape[0], 1 / (values - 1)
+
+    def sigmoid(t):
+        return 1 / (1 + math.exp(-t)) if t > -700 else 0.0
+
+    total = 0.0
+    for row, column in itertools.product(range(x.shape[1]), range(x.shape[2])):
+        p = raw[:, row, column].tolist()
+        pixel = [2 * v - 1 for v in x[:, row, column].tolist()]
+        logits, rest = p[:10], p[10:]
+        mean, rest = rest[: 10 * channels], rest[10 * channels :]
+        log_scale, coefficient = rest[: 10 * channels], rest[10 * channels :]
+        pairs, probability = channels * (channels - 1) // 2, 0.0
+        for k in range(10):
+            term, pair = math.exp(logits[k]) / sum(math.exp(v) for v in logits), k * pairs
+            for c in range(channels):
+                m = mean[k * channels + c]
+                for before in range(c):
+                    m += math.tanh(coefficient[pair]) * pixel[before]
+                    pair += 1
+                scale = math.exp(min(max(log_scale[k * channels + c], -7), 7))
+                above = 1.0 if pixel[c] > 1 - half else sigmoid((pixel[c] + half - m) / scale)
+                below = 0.0 if pixel[c] < half - 1 else sigmoid((pixel[c] - half - m) / scale)
+                term *= above - below
+            probability += term
+        total += math.log(probability)
+    return total
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_logistic_mixture_equals_the_literal_one(channels):
+    assert models.LogisticMixture.parameters(3) == 100
+    p, x = mixture(channels), eight_bit(3, channels, 2, 2)
+    x[0, :, 0, 0], x[1, :, 0, 0] = 0, 1  # the open bins at both ends
+    x[2, 0, 1, 1], x[2, -1, 1, 1] = 0, 1
+    expected = [literal_mixture_log_prob(a, b) for a, b in zip(p.raw, x, strict=True)]
+    assert_same(p.log_prob(x), torch.tensor(expected, dtype=torch.float64))
+    single = models.LogisticMixture(p.raw.float(), channels).log_prob(x.float())
+    torch.testing.assert_close(single.double(), torch.tensor(expected).double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 30.0])
+def test_probabilities_of_all_values_of_a_channel_sum_to_one(spread):
+    p = mixture(1, side=4, n=1, spread=spread, dtype=torch.float32)
+    every = torch.arange(256.0).view(256, 1, 1, 1).expand(-1, 1, 4, 4) / 255
+    one_pixel = models.LogisticMixture(p.raw.view(1, -1, 16).mT.reshape(16, -1, 1, 1), 1)
+    total = torch.stack([one_pixel.log_prob(v.view(16, 1, 1, 1)) for v in every]).exp().sum(0)
+    torch.testing.assert_close(total, torch.ones(16), rtol=0, atol=1e-4)
+    # And of the last channel of three, whatever the two before it are.
+    p = mixture(3, side=1, n=8, spread=spread, dtype=torch.float32)
+    first_two = eight_bit(8, 2, 1, 1, dtype=torch.float32)
+    joint = torch.stack(
+        [p.log_prob(torch.cat([first_two, v.expand(8, 1, 1, 1)], dim=1)) for v in every[:, :, 0, 0]]
+    )
+    pairs = range(2)  # the two channels alone: the same parameters without the third's
+    keep = [*range(10), *(10 + 3 * k + c for k in range(10) for c in pairs)]
+    keep += [*(40 + 3 * k + c for k in range(10) for c in pairs), *range(70, 100, 3)]
+    alone = models.LogisticMixture(p.raw[:, keep], 2).log_prob(first_two)
+    torch.testing.assert_close(joint.logsumexp(0), alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [2, 3, 5])
+def test_probabilities_of_joint_channel_values_sum_to_one(values):
+    p = mixture(3, values, side=1, n=6, dtype=torch.float32)
+    total = 0
+    for rgb in itertools.product(range(values), repeat=3):
+        x = torch.tensor(rgb).view(1, 3, 1, 1).expand(6, -1, -1, -1) / (values - 1)
+        total = total + p.log_prob(x).exp()
+    torch.testing.assert_close(total, torch.ones(6), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.0, 1e2, 1e4, 1e6])
+def test_likelihood_and_gradient_are_finite_whatever_the_parameters(size, dtype):
+    raw = (torch.randn(40, 100, 2, 2) * size).to(dtype).requires_grad_()
+    x = eight_bit(40, 3, 2, 2, dtype=torch.float32)
+    x[::3], x[1::3] = 0, 1
+    value = models.LogisticMixture(raw, 3).log_prob(x)
+    value.sum().backward()
+    assert value.dtype == torch.float32 and value.isfinite().all() and raw.grad.isfinite().all()
+    assert raw.grad.abs().max() > 0
+    p = models.LogisticMixture(raw.detach(), 3)
+    for picture in (p.mean, p.sample()):
+        assert picture.isfinite().all() and picture.min() >= 0 and picture.max() <= 1 + 1e-6
+
+
+def test_gradient_of_the_mixture_against_finite_differences_and_autograd():
+    p, x = mixture(3, side=2, n=5), eight_bit(5, 3, 2, 2)
+    x[0], x[1] = 0, 1
+    weight = torch.randn(5, dtype=torch.float64)
+    found = {}
+    for chunk in (1, 8, 100):  # 1, 2 and all 5 images at once
+        raw = p.raw.clone().requires_grad_()
+        q = models.LogisticMixture(raw, 3)
+        q.CHUNK = chunk
+        (q.log_prob(x) * weight).sum().backward()
+        found[chunk] = raw.grad
+    raw = p.raw.clone().requires_grad_()
+    x_flat = x.view(5, 3, -1)
+    (models.LogisticMixture(raw, 3)._log_prob(raw, x_flat) * weight).sum().backward()
+    for gradient in found.values():
+        assert_same(gradient, raw.grad)
+    step, direction = 1e-6, torch.randn_like(p.raw)
+    ahead, behind = (
+        (models.LogisticMixture(p.raw + s * direction, 3).log_prob(x) * weight).sum()
+        for s in (step, -step)
+    )
+    assert (raw.grad * direction).sum().item() == pytest.approx(
+        (ahead - behind).item() / (2 * step), rel=1e-6
+    )
+
+
+def test_mixture_over_patches_is_the_mixture_over_shuffled_pixels():
+    raw, x = torch.randn(2, 100 * 4, 3, 3, dtype=torch.float64), eight_bit(2, 3, 6, 6)
+    in_patches = models.LogisticMixture(raw, 3, patch=2)
+    pixels = models.LogisticMixture(torch.nn.functional.pixel_shuffle(raw, 2), 3)
+    assert in_patches.event_shape == pixels.event_shape == (3, 6, 6)
+    assert_same(in_patches.log_prob(x), pixels.log_prob(x))
+    assert_same(in_patches.mean, pixels.mean)
+    assert in_patches.sample().shape == (2, 3, 6, 6)
+
+
+def test_samples_have_the_probabilities():
+    """Chi-square over all joint values of three channels, and over the values of a channel."""
+    for channels, values, cells in [(3, 4, 64), (1, 256, 256)]:
+        p = mixture(channels, values, side=1, n=1, dtype=torch.float32)
+        n = 200_000
+        drawn = models.LogisticMixture(
+            p.raw.expand(n, -1, -1, -1), channels, values=values
+        ).sample()
+        v = (drawn * (values - 1)).flatten(1)
+        torch.testing.assert_close(v, v.round(), rtol=0, atol=1e-3)  # values there are
+        index = sum(v[:, c].round().long() * values**c for c in range(channels))
+        counts = torch.bincount(index, minlength=cells).double()
+        grid = torch.tensor(list(itertools.product(range(values), repeat=channels))).flip(1)
+        x = (grid / (values - 1)).view(cells, channels, 1, 1)
+        log_p = models.LogisticMixture(p.raw.expand(cells, -1, -1, -1), channels, values=values)
+        expected = n * log_p.log_prob(x).double().exp()
+        seen = expected > 5
+        chi2 = ((counts - expected).square() / expected)[seen].sum().item()
+        freedom = int(seen.sum()) - 1
+        assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+def test_mean_of_the_mixture():
+    """Exact for values that no bound cuts off, and the mean of many samples near the bounds."""
+    p = mixture(3, side=1, n=400, dtype=torch.float32)
+    raw = p.raw.clone()
+    raw[:, 10:40] *= 0.2
+    raw[:, 40:70] = -4  # narrow, well inside
+    raw[:, 70:] *= 0.3
+    p = models.LogisticMixture(raw, 3)
+    by_sampling = torch.stack([p.sample() for _ in range(3000)]).mean(0)
+    torch.testing.assert_close(p.mean, by_sampling, rtol=0, atol=0.02)
+    edge = mixture(1, side=1, n=400, dtype=torch.float32)  # scales of 1: much beyond the bounds
+    by_sampling = torch.stack([edge.sample() for _ in range(3000)]).mean(0)
+    torch.testing.assert_close(edge.mean, by_sampling, rtol=0, atol=0.04)
+    assert (edge.mean - by_sampling).mean().abs() < 0.002
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_colour_hierarchies(arch):
+    """Presets at 32 and 64 pixels; the likelihood is the mixture of the decoder's last layer."""
+    for size, side, latents, channels in [
+        ("small", 32, ("16c", "8c", "128", "64", "64"), 64),
+        ("small", 64, ("16c", "8c", "128", "64", "64"), 64),
+        ("paper", 32, ("128c", "64c", "256", "128", "64"), 256),
+        ("paper", 64, ("128c", "64c", "256", "128", "64"), 256),
+    ]:
+        config = models.configure(arch, size, (3, side, side))
+        assert config.latents == latents and config.channels == channels
+    assert config.strides == (2, 2, 2, 2, 2) and config.kernels == (5, 3, 3, 3, 3)
+    for side in (32, 64):
+        config = models.configure(arch, "small", (3, side, side), channels=8)
+        model, x = models.build(config), eight_bit(3, 3, side, side, dtype=torch.float32)
+        loss = rewards.joint_loss(model, x, 0.9)
+        for name, g in zip(
+            dict(model.named_parameters()), gradients(loss.value, model), strict=True
+        ):
+            assert g.abs().max() > 0, name
+        z = model.infer(x).latents
+        raw = model.to_pixels(model.decoder[0](z[0]).relu())
+        pixels = torch.nn.functional.pixel_shuffle(raw, 4)
+        expected = models.LogisticMixture(pixels, 3).log_prob(x)
+        torch.testing.assert_close(model.likelihood(z[0]).log_prob(x), expected)
+        assert model.sample(2).mean.shape == (2, 3, side, side)
+
+
+def test_levels_of_colour_hierarchies():
+    def latents(n, size="paper"):
+        return models.configure("hvae", size, (3, 32, 32), levels=n).latents
+
+    assert latents(1) == ("64",) and latents(3) == ("256", "128", "64")
+    assert latents(7) == ("128c", "128c", "128c", "64c", "256", "128", "64")
+    assert latents(2, "small") == ("64", "64")
+    assert models.configure("vae", "paper", (3, 32, 32)).latents == ("64",)
+    for n in range(1, 11):
+        model = models.build(models.configure("lvae", "small", (3, 32, 32), levels=n, channels=4))
+        assert len(model.infer(torch.rand(2, 3, 32, 32)).latents) == n
+    with pytest.raises(ValueError, match="squares whose side is a multiple of 4"):
+        models.configure("lvae", "small", (3, 30, 30))
+
+
+def test_colour_rewards_equal_the_paths_one_by_one(fixed_noise):
+    config = models.Config("lvae", (3, 8, 8), LATENTS[3], 4, (3,) * 3, (1, 2, 1), 1, 2)
+    model, x = models.build(config).double(), eight_bit(4, 3, 8, 8)
+    _, _, z = inference = model.infer(x)
+    for level, start in enumerate(z):
+        row = start
+        for below in reversed(range(level)):
+            row = model.prior(below, row).mean
+        raw = model.to_pixels(model.decoder[0](row).relu())
+        raw = torch.nn.functional.pixel_shuffle(raw, 2)
+        literal = [literal_mixture_log_prob(a, b) for a, b in zip(raw, x, strict=True)]
+        rows = [slice(None) if k == level else None for k in range(3)]
+        found = rewards.skip_log_likelihood(model, x, inference, rows)
+        assert_same(found, torch.tensor(literal, dtype=torch.float64))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -569,6 +817,26 @@ def test_bits_per_dimension_of_a_uniform_predictor():
     bpd = evaluate.bits_per_dimension(measured["log_px_given_z"][0], 64)
     assert bpd == pytest.approx(1.0, abs=1e-5)
 
+    class Uniform(torch.nn.Module):  # over the 256 values of each channel, and no latent at all
+        levels, order, zero = 1, (0,), torch.zeros(())
+
+        def infer(self, x, sample=True):
+            unit = Independent(Normal(torch.zeros(len(x), 2), 1.0), 1)
+            return models.Inference([unit], [unit], [torch.zeros(len(x), 2)])
+
+        def decode(self, starts, skip="mean"):
+            n = len(starts[0])
+            logits = torch.zeros(n, 3, 8, 8, 256)
+            values = torch.distributions.Categorical(logits=logits)
+            return types.SimpleNamespace(
+                log_prob=lambda x: values.log_prob(x * 255).flatten(1).sum(1)
+            )
+
+    colours = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
+    measured = evaluate.densities(Uniform(), colours, samples=3)
+    for key in ("elbo", "iwae"):
+        assert evaluate.bits_per_dimension(measured[key], 192) == pytest.approx(8.0, abs=1e-5)
+
 
 def test_densities_leave_the_random_state_and_repeat():
     model = tiny("lvae", 3, torch.float32)
@@ -580,9 +848,41 @@ def test_densities_leave_the_random_state_and_repeat():
     assert a["iwae"] > a["elbo"] and evaluate.densities(model, pictures)["iwae"] is None
 
 
+class Recalls(torch.nn.Module):
+    """A model whose representation of image i, of the value i, is row i of given tensors."""
+
+    def __init__(self, *levels: torch.Tensor):
+        super().__init__()
+        self.tensors, self.levels, self.zero = levels, len(levels), torch.zeros(())
+
+    def infer(self, x, sample=True):
+        rows = (x[:, 0, 0, 0] * 255).round().long()
+        return models.Inference([], [], [t[rows] for t in self.tensors])
+
+
 def test_active_units():
-    z = torch.randn(20_000, 4) * torch.tensor([0.0, 0.09, 0.11, 3.0]) + 5
-    assert evaluate.active_units(z) == 2
+    """Over batches, and for maps as for vectors."""
+    z = torch.randn(250, 4) * torch.tensor([0.0, 0.07, 0.13, 3.0]) + 5
+    maps = torch.stack([z, z * 0, z], dim=1).view(250, 3, 2, 2)
+    pictures = torch.arange(250, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 80, 80)
+    model = Recalls(z, maps)
+    assert evaluate.active_units(model, pictures) == [2, 4]
+    assert evaluate.active_units(model, pictures, threshold=0.001) == [3, 6]
+
+
+def test_representations_of_wide_maps_are_averaged():
+    maps, z = torch.randn(9, 3, 4, 4), torch.randn(9, 5)
+    pictures = torch.arange(9, dtype=torch.uint8).view(-1, 1, 1, 1)
+    model = Recalls(maps, z)
+    whole = evaluate.representations(model, pictures)
+    assert torch.equal(whole[0], maps.flatten(1)) and torch.equal(whole[1], z)
+    halves = evaluate.representations(model, pictures, widest=20)
+    by_hand = maps.view(9, 3, 2, 2, 2, 2).mean(dim=(3, 5)).flatten(1)
+    assert torch.equal(halves[1], z)
+    torch.testing.assert_close(halves[0], by_hand)
+    torch.testing.assert_close(
+        evaluate.representations(model, pictures, widest=2)[0], maps.mean(dim=(2, 3))
+    )
 
 
 def test_probe_on_known_separability():
@@ -612,6 +912,7 @@ def test_probes_of_levels_and_of_all():
     assert list(found) == ["z1", "z2", "all"]
     a, b = (np.concatenate([r.double().numpy() for r in evaluate.representations(model, p)], axis=1)
             for p in (pictures[:150], pictures[150:]))  # fmt: skip
+    assert evaluate.probes(model, halves._replace(train_labels=None, test_labels=None)) == {}
     assert a.shape == (150, 2 * 4 * 4 + 3)
     assert found["all"] == evaluate.linear_probe(a, labels[:150].numpy(), b, labels[150:].numpy())
 
@@ -806,6 +1107,533 @@ def test_broken_data_gives_one_line(layout, tmp_path, how, capsys):
     assert str(tmp_path) in line and not (tmp_path / "run").exists()
 
 
+# data.py: colour images. Every file is written here, in the official layout. An image is of one
+# colour that tells which image of which class it is, so that each label can be checked.
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("Network is unreachable")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+
+
+def colour_of(label: int, index: int) -> tuple[int, int, int]:
+    return (8 + 24 * label, 8 + 24 * index, 100)
+
+
+def assert_colours(pictures: torch.Tensor, labels, indices=None) -> None:
+    """Image i has the colour of its label and of its number, up to what JPEG makes of it."""
+    found = pictures.float().mean(dim=(2, 3))
+    labels = torch.as_tensor(labels)
+    assert ((found[:, 0] - 8) / 24).round().tolist() == labels.tolist()
+    if indices is not None:
+        assert ((found[:, 1] - 8) / 24).round().tolist() == list(indices)
+    assert (found[:, 2] - 100).abs().max() < 6
+
+
+def picture(label: int, index: int, size: tuple[int, int] = (64, 64), mode: str = "RGB"):
+    return PIL.Image.new("RGB", size, colour_of(label, index)).convert(mode)
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+CIFAR = {
+    "cifar10": (torchvision.datasets.CIFAR10, "labels", "label_names", 5),
+    "cifar100": (torchvision.datasets.CIFAR100, "fine_labels", "fine_label_names", 1),
+}
+
+
+@pytest.fixture
+def write_cifar(tmp_path, monkeypatch, offline):
+    """A function that writes a small CIFAR, four images a batch, with its checksums."""
+
+    def write(name: str) -> Path:
+        kind, key, names_key, _ = CIFAR[name]
+        folder = tmp_path / kind.base_folder
+        folder.mkdir()
+
+        def dump(file: str, content: dict) -> list[str]:
+            with open(folder / file, "wb") as f:
+                pickle.dump(content, f, protocol=2)
+            return [file, md5(folder / file)]
+
+        lists = {"train_list": [], "test_list": []}
+        for field in lists:
+            for b, (file, _) in enumerate(getattr(kind, field)):
+                labels = [(b + i) % 3 for i in range(4)]
+                rows = [np.repeat(np.uint8(colour_of(c, i)), 1024) for i, c in enumerate(labels)]
+                batch = {"data": np.stack(rows), key: labels, "filenames": ["x.png"] * 4}
+                lists[field].append(dump(file, batch | {"coarse_labels": [0] * 4}))
+        meta = dict(kind.meta)
+        meta["md5"] = dump(meta["filename"], {names_key: ["cat", "dog", "ship"]})[1]
+        for field, value in {**lists, "meta": meta}.items():
+            monkeypatch.setattr(kind, field, value)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar(write_cifar, tmp_path, monkeypatch, name, packed):
+    """The unpacked folder, and the archive alone, of which the folder is unpacked offline."""
+    folder = write_cifar(name)
+    kind, *_, batches = CIFAR[name]
+    if packed:
+        archive = tmp_path / kind.filename
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(folder, arcname=folder.name)
+        monkeypatch.setattr(kind, "tgz_md5", md5(archive))
+        shutil.rmtree(folder)
+    d = data.load(name, tmp_path)
+    assert d.train.shape == (4 * batches, 3, 32, 32) and d.test.shape == (4, 3, 32, 32)
+    assert d.train.dtype == torch.uint8 and d.train_labels.dtype == torch.int64
+    assert d.train_labels.tolist() == [(b + i) % 3 for b in range(batches) for i in range(4)]
+    assert_colours(d.train, d.train_labels, [0, 1, 2, 3] * batches)
+    assert_colours(d.test, d.test_labels, [0, 1, 2, 3])
+    assert d.classes == ("cat", "dog", "ship") and d.unlabelled is None
+
+
+@pytest.fixture
+def write_stl10(tmp_path, monkeypatch, offline):
+    def write() -> Path:
+        kind = torchvision.datasets.STL10
+        folder = tmp_path / kind.base_folder
+        folder.mkdir()
+        for split, n in (("train", 6), ("test", 4), ("unlabeled", 7)):
+            labels = [i % 3 for i in range(n)]
+            colours = np.uint8([colour_of(c, i) for i, c in enumerate(labels)])
+            images = np.broadcast_to(colours[:, :, None, None], (n, 3, 96, 96)).copy()
+            images[0, :, :48, 48:] = 255  # the upper right quarter of the first one: file order
+            images.transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")  # column by column
+            if split != "unlabeled":
+                (np.uint8(labels) + 1).tofile(folder / f"{split}_y.bin")  # 1 to 10
+        (folder / "class_names.txt").write_text("airplane\nbird\ncar\n")
+        for field in ("train_list", "test_list"):
+            listed = [[file, md5(folder / file)] for file, _ in getattr(kind, field)]
+            monkeypatch.setattr(kind, field, listed)
+        return folder
+
+    return write
+
+
+def test_stl10(write_stl10, tmp_path):
+    folder = write_stl10()
+    for _ in range(2):  # decoded, then from what was kept
+        d = data.load("stl10", tmp_path, unlabelled=True)
+        assert d.train.shape == (6, 3, 32, 32) and d.test.shape == (4, 3, 32, 32)
+        assert d.train_labels.tolist() == [0, 1, 2, 0, 1, 2] and d.test_labels.tolist() == [
+            0,
+            1,
+            2,
+            0,
+        ]
+        assert_colours(d.train[1:], d.train_labels[1:], range(1, 6))
+        assert_colours(d.test[1:], d.test_labels[1:], range(1, 4))
+        assert d.unlabelled is d.to_train_on and d.unlabelled.shape == (7, 3, 32, 32)
+        assert_colours(d.unlabelled[1:], [1, 2, 0, 1, 2, 0])
+        white = (d.train[0] > 250).all(dim=0)
+        assert white[1:15, 17:31].all() and not white[:, :15].any() and not white[17:].any()
+        assert d.classes == ("airplane", "bird", "car")
+    (folder / "unlabeled_X.bin").unlink()  # 2.6 GB that only --unlabelled needs
+    d = data.load("stl10", tmp_path)
+    assert d.unlabelled is None and d.to_train_on is d.train
+    with pytest.raises(data.UserError, match="lacks unlabeled_X"):
+        data.load("stl10", tmp_path, unlabelled=True)
+
+
+WNIDS = ("n03444034", "n01443537", "n02002724")  # as wnids.txt lists them: not sorted
+
+
+def write_tinyimagenet(root: Path, per_class: int = 4) -> Path:
+    """tiny-imagenet-200/ with three classes; image 1 of each is grey, as some of the real are."""
+    base = root / "tiny-imagenet-200"
+    index = {wnid: label for label, wnid in enumerate(sorted(WNIDS))}
+    for wnid in WNIDS:
+        folder = base / "train" / wnid / "images"
+        folder.mkdir(parents=True)
+        for i in range(per_class):
+            image = picture(index[wnid], i, mode="L" if i == 1 else "RGB")
+            image.save(folder / f"{wnid}_{i}.JPEG", quality=95)
+        boxes = "".join(f"{wnid}_{i}.JPEG\t0\t0\t63\t63\n" for i in range(per_class))
+        (base / "train" / wnid / f"{wnid}_boxes.txt").write_text(boxes)
+    for split in ("val", "test"):
+        (base / split / "images").mkdir(parents=True)
+    lines = []
+    for i in range(12):  # val_10 sorts before val_2
+        wnid = WNIDS[i % 3]
+        picture(index[wnid], i % 10).save(base / "val/images" / f"val_{i}.JPEG", quality=95)
+        lines.append(f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n")
+    (base / "val" / "val_annotations.txt").write_text("".join(lines))
+    picture(0, 0).save(base / "test/images" / "test_0.JPEG")
+    (base / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in WNIDS))
+    words = "n00001740\tentity\nn01443537\tgoldfish, Carassius auratus\nn02002724\tblack stork\n"
+    (base / "words.txt").write_text(words)
+    return base
+
+
+def pack(folder: Path) -> Path:
+    """The folder as a zip beside it, and no folder."""
+    archive = folder.with_suffix(".zip")
+    with zipfile.ZipFile(archive, "w") as z:
+        for path in sorted(folder.rglob("*")):
+            z.write(path, path.relative_to(folder.parent))
+    shutil.rmtree(folder)
+    return archive
+
+
+@pytest.mark.parametrize("layout", ["folder", "zip", "inside"])
+def test_tinyimagenet(tmp_path, offline, layout):
+    base = write_tinyimagenet(tmp_path)
+    if layout == "zip":
+        pack(base)
+    for _ in range(2):
+        d = data.load("tinyimagenet", base if layout == "inside" else tmp_path)
+        assert d.train.shape == (12, 3, 64, 64) and d.test.shape == (12, 3, 64, 64)
+        assert d.classes == ("goldfish", "black stork", "n03444034")
+        assert d.train_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+        colour = torch.tensor([i for i in range(12) if i % 4 != 1])
+        assert_colours(d.train[colour], d.train_labels[colour], [0, 2, 3] * 3)
+        grey = d.train[torch.arange(1, 12, 4)].float()
+        assert (grey - grey[:, :1]).abs().max() == 0  # three equal channels
+        order = [0, 1, 10, 11, *range(2, 10)]  # of the file names
+        labels = [sorted(WNIDS).index(WNIDS[i % 3]) for i in order]
+        assert d.test_labels.tolist() == labels
+        assert_colours(d.test, labels, [i % 10 for i in order])
+
+
+def write_celeba(root: Path, table: str = "txt") -> Path:
+    base = root / "celeba"
+    (base / "img_align_celeba").mkdir(parents=True)
+    lines = ["image_id,partition"] if table == "csv" else []
+    for i in range(9):
+        image = picture(i % 4, i, size=(178, 218))
+        image.paste((255, 255, 255), (0, 0, 178, 30))  # above the middle 148 rows
+        image.save(base / "img_align_celeba" / f"{i + 1:06}.jpg", quality=95)
+        lines.append(f"{i + 1:06}.jpg{',' if table == 'csv' else ' '}{(0, 0, 1, 2)[i % 4]}")
+    (base / f"list_eval_partition.{table}").write_text("\n".join(lines) + "\n")
+    return base
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "zip", "csv", "flat"])
+def test_celeba(tmp_path, offline, layout):
+    base = write_celeba(tmp_path, "csv" if layout == "csv" else "txt")
+    if layout == "zip":
+        pack(base / "img_align_celeba")
+    d = data.load("celeba", base if layout == "flat" else tmp_path)
+    assert d.train.shape == (5, 3, 64, 64) and d.test.shape == (2, 3, 64, 64)
+    assert_colours(d.train, [0, 1, 0, 1, 0], [0, 1, 4, 5, 8])
+    assert_colours(d.test, [3, 3], [3, 7])
+    assert d.train.amax(dim=(1, 2, 3)).max() < 230  # the white strip is cut off
+    assert d.train_labels is None and d.test_labels is None and d.classes == ()
+
+
+def write_folder(root: Path, classes=("b", "a")) -> Path:
+    """Images of several formats, sizes and modes, in class folders or in none."""
+    for split, n in (("train", 5), ("test", 3)):
+        for label, name in enumerate(sorted(classes) or [""]):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                size, suffix, mode = [
+                    ((40, 40), "png", "RGB"), ((90, 50), "jpg", "RGB"), ((30, 70), "png", "RGBA"),
+                    ((32, 32), "BMP", "RGB"), ((200, 32), "webp", "RGB"),
+                ][i]  # fmt: skip
+                options = {"quality": 95} if suffix in ("jpg", "webp") else {}
+                picture(label, i, size, mode).save(folder / f"{i}.{suffix}", **options)
+            (folder / "notes.txt").write_text("no image")
+    return root
+
+
+@pytest.mark.parametrize("side", [None, 64])
+def test_folder(tmp_path, side):
+    root = write_folder(tmp_path)
+    d = data.load("folder", root, image_size=side)
+    side = side or 32
+    assert d.train.shape == (10, 3, side, side) and d.test.shape == (6, 3, side, side)
+    assert d.train_labels.tolist() == [0] * 5 + [1] * 5 and d.classes == ("a", "b")
+    assert_colours(d.train, d.train_labels, [0, 1, 2, 3, 4] * 2)
+    assert_colours(d.test, d.test_labels, [0, 1, 2] * 2)
+    assert data.image_shape("folder", side) == (3, side, side)
+
+
+@pytest.mark.parametrize("classes", [(), ("all",)])
+def test_folder_without_classes(tmp_path, classes, monkeypatch, capsys):
+    """One class says no more than none. The whole run works without a probe."""
+    root = write_folder(tmp_path / "data", classes)
+    d = data.load("folder", root)
+    assert d.train.shape == (5, 3, 32, 32) and d.train_labels is None and d.classes == ()
+    assert_colours(d.train, [0] * 5, range(5))
+    out = tmp_path / "run"
+    train.main(["--dataset", "folder", "--data-dir", str(root), "--out", str(out), *TINY, "--rl",
+                "--image-size", "16", "--epochs", "2", "--eval-every", "1"])  # fmt: skip
+    text = capsys.readouterr().out
+    assert "5 training and 3 test images of 3x16x16, no classes" in text and "bpd" in text
+    assert json.loads((out / "eval.json").read_text())["probe"] == {}
+    assert set(metrics_of(out)[0]["test"]) == {"kl", "elbo"}
+    evaluate.main([str(out), "--json"])
+    assert json.loads(capsys.readouterr().out)["probe"] == {}
+
+
+def test_images_are_the_middle_square_resized(tmp_path):
+    """Against Pillow, crop and resize apart, and no step for what has the size already."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    sizes = [(32, 32), (80, 48), (33, 71)]
+    pictures = [PIL.Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for w, h in sizes]
+    for i, p in enumerate(pictures):
+        p.save(tmp_path / "train" / f"{i}.png")
+    pictures[0].save(tmp_path / "test" / "0.png")
+    found = data.load("folder", tmp_path).train.permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(found[0], np.asarray(pictures[0]))
+    for i, (w, h) in enumerate(sizes[1:], start=1):
+        side = min(w, h)
+        left, top = (w - side) // 2, (h - side) // 2
+        cut = pictures[i].crop((left, top, left + side, top + side))
+        by_pillow = np.asarray(cut.resize((32, 32), PIL.Image.Resampling.BILINEAR)).astype(int)
+        assert np.abs(found[i] - by_pillow)[2:-2, 2:-2].max() <= 1
+
+
+def test_decoding_happens_once_and_again_when_the_source_changes(tmp_path, monkeypatch):
+    base, calls = write_tinyimagenet(tmp_path), []
+    whole = data.decode
+
+    def decode(*args):
+        calls.append(args)
+        return whole(*args)
+
+    monkeypatch.setattr(data, "decode", decode)
+
+    def load() -> tuple[int, data.Data]:
+        before = len(calls)
+        found = data.load("tinyimagenet", tmp_path)
+        return len(calls) - before, found
+
+    assert load()[0] == 2  # both splits
+    count, first = load()
+    assert count == 0
+    image = base / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_0.JPEG"
+    picture(2, 9).save(image, quality=95)  # another image in its place
+    count, found = load()
+    assert count == 1 and (found.train[8, 1].float().mean() - 8) / 24 > 8.5
+    assert (first.train[8, 1].float().mean() - 8) / 24 < 0.5  # an open map keeps what it had
+    picture(2, 5).save(image.with_name(f"{WNIDS[0]}_7.JPEG"), quality=95)  # one more
+    count, found = load()
+    assert count == 1 and len(found.train) == 13 and len(found.train_labels) == 13
+    kept = tmp_path / "decoded" / "tinyimagenet-train.npy"
+    kept.write_bytes(kept.read_bytes()[:-1])  # damaged: truncated
+    assert load()[0] == 1
+    kept.with_suffix(".source").unlink()  # killed before the mark was set
+    assert load()[0] == 1 and load()[0] == 0
+    assert not list(kept.parent.glob("*.tmp"))
+    found.train[0] = 0  # copy on write: never reaches the file
+    assert load()[1].train[0].max() > 0
+
+
+def test_decoding_that_is_killed_or_finds_no_room_leaves_nothing_half(tmp_path, capsys):
+    write_tinyimagenet(tmp_path, per_class=2)
+    script = textwrap.dedent("""
+        import os, signal, sys
+        import data
+        whole = data.decode
+        def decode(*args):
+            if any("train" in name for name in args[1]) and args[1][0].endswith("_1.JPEG"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(*args)
+        data.decode, data.BLOCK = decode, 1
+        data.load("tinyimagenet", sys.argv[1])
+    """)
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=HERE, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    kept = tmp_path / "decoded"
+    assert not list(kept.glob("*.npy")) and list(kept.glob("*.tmp"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        argv = ["--dataset", "tinyimagenet", "--data-dir", str(tmp_path)]
+        fails(capsys, [*argv, "--out", str(tmp_path / "run")], "cannot write .*train.npy.*room")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(kept.glob("*.npy")) and not list(kept.glob("*.tmp"))
+    d = data.load("tinyimagenet", tmp_path)
+    assert_colours(d.test, d.test_labels)
+
+
+def test_decoding_in_several_processes_keeps_the_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 2)  # 30 images are more than eight blocks
+    write_tinyimagenet(tmp_path, per_class=10)
+    d = data.load("tinyimagenet", tmp_path)
+    colour = torch.tensor([i for i in range(30) if i % 10 != 1])
+    assert_colours(d.train[colour], d.train_labels[colour], [i % 10 for i in colour.tolist()])
+
+
+def damaged_image(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def break_zip(root: Path, how: str) -> None:
+    archive = pack(write_tinyimagenet(root))
+    raw = archive.read_bytes()
+    if how == "truncated":
+        raw = raw[: len(raw) // 2]
+    elif how == "damaged":
+        middle = raw.rindex(b"JFIF") + 300  # of an image of val/
+        raw = raw[:middle] + bytes(50) + raw[middle + 50 :]
+    archive.write_bytes(raw if how != "html" else b"<html>404</html>")
+
+
+def tiny_file(root: Path, name: str) -> Path:
+    return write_tinyimagenet(root) / name
+
+
+def drop_line(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+TINYIMAGENET_MISTAKES = {
+    "absent": (lambda root: None, "could not be downloaded.*put tiny-imagenet-200.zip.*digits"),
+    "no wnids": (lambda r: tiny_file(r, "wnids.txt").unlink(), "lacks wnids.txt"),
+    "no class": (lambda r: shutil.rmtree(tiny_file(r, f"train/{WNIDS[1]}")),
+                 f"no training images of {WNIDS[1]} \\(1 classes\\)"),
+    "no annotations": (lambda r: tiny_file(r, "val/val_annotations.txt").unlink(),
+                       "val/val_annotations.txt cannot be read"),
+    "fewer annotations": (lambda r: drop_line(tiny_file(r, "val/val_annotations.txt")),
+                          "differ in val/images/val_11.JPEG \\(1 in all\\)"),
+    "other annotations": (lambda r: tiny_file(r, "val/val_annotations.txt").write_text("<html>"),
+                          "names no class: '<html>'"),
+    "no val image": (lambda r: tiny_file(r, "val/images/val_3.JPEG").unlink(),
+                     "differ in val/images/val_3.JPEG"),
+    "truncated image": (lambda r: damaged_image(tiny_file(r, "val/images/val_3.JPEG")),
+                        "val/images/val_3.JPEG is not a whole image"),
+    "no image": (lambda r: tiny_file(r, f"train/{WNIDS[0]}/images/{WNIDS[0]}_2.JPEG")
+                 .write_text("<html>"), f"{WNIDS[0]}_2.JPEG is not a whole image"),
+    "truncated zip": (lambda r: break_zip(r, "truncated"), "zip cannot be read"),
+    "damaged zip": (lambda r: break_zip(r, "damaged"), "is not a whole image.*get it again"),
+    "no zip": (lambda r: break_zip(r, "html"), "zip cannot be read.*get it again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", TINYIMAGENET_MISTAKES)
+def test_broken_tinyimagenet_gives_one_line(tmp_path, offline, capsys, how):
+    spoil, words = TINYIMAGENET_MISTAKES[how]
+    spoil(tmp_path)
+    line = fails(capsys, ["--dataset", "tinyimagenet", "--data-dir", str(tmp_path),
+                          "--out", str(tmp_path / "run")], words)  # fmt: skip
+    assert str(tmp_path) in line and not (tmp_path / "run").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+CELEBA_MISTAKES = {
+    "absent": (lambda base: shutil.rmtree(base),
+               "could not be downloaded.*lacks list_eval_partition.txt and img_align_celeba.*put "
+               "img_align_celeba.zip"),
+    "no list": (lambda base: (base / "list_eval_partition.txt").unlink(),
+                "celeba lacks list_eval_partition.txt"),
+    "no images": (lambda base: shutil.rmtree(base / "img_align_celeba"),
+                  "celeba lacks img_align_celeba"),
+    "empty list": (lambda base: (base / "list_eval_partition.txt").write_text(""),
+                   "names no images of split 0"),
+    "one image less": (lambda base: (base / "img_align_celeba/000005.jpg").unlink(),
+                       "lacks 000005.jpg and 0 more images"),
+    "truncated image": (lambda base: damaged_image(base / "img_align_celeba/000002.jpg"),
+                        "000002.jpg is not a whole image"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", CELEBA_MISTAKES)
+def test_broken_celeba_gives_one_line(tmp_path, offline, capsys, how):
+    spoil, words = CELEBA_MISTAKES[how]
+    spoil(write_celeba(tmp_path))
+    fails(capsys, ["--dataset", "celeba", "--data-dir", str(tmp_path)], words)
+
+
+FOLDER_MISTAKES = {
+    "absent": (lambda root: shutil.rmtree(root), "has no folder train/.*train/ and test/ below"),
+    "no test": (lambda root: shutil.rmtree(root / "test"), "has no folder test/"),
+    "empty": (lambda root: [shutil.rmtree(root / "test" / c) for c in "ab"], "test has no images"),
+    "stray": (lambda root: picture(0, 0).save(root / "train/x.png"), "beside the class folders"),
+    "new class": (lambda root: (root / "test/b").rename(root / "test/c"), "has the class 'c'"),
+    "flat test": (lambda root: picture(0, 0).save(root / "test/x.png"),
+                  "test has images outside the class folders"),
+    "truncated": (lambda root: damaged_image(root / "train/a/1.jpg"), "a/1.jpg is not a whole"),
+    "text": (lambda root: (root / "train/b/0.png").write_text("x"), "b/0.png is not a whole image"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", FOLDER_MISTAKES)
+def test_broken_folder_gives_one_line(tmp_path, capsys, how):
+    spoil, words = FOLDER_MISTAKES[how]
+    spoil(write_folder(tmp_path / "data"))
+    fails(capsys, ["--dataset", "folder", "--data-dir", str(tmp_path / "data")], words)
+
+
+CIFAR_MISTAKES = {
+    "absent": (lambda folder: shutil.rmtree(folder), "could not be downloaded.*put cifar-10"),
+    "missing": (lambda folder: next(folder.glob("*t*")).unlink(), "cifar-10.* lacks "),
+    "truncated": (lambda folder: [p.write_bytes(p.read_bytes()[:-9]) for p in folder.glob("test*")],
+                  "holds damaged files .test"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize("how", CIFAR_MISTAKES)
+def test_broken_cifar_gives_one_line(write_cifar, tmp_path, capsys, name, how):
+    spoil, words = CIFAR_MISTAKES[how]
+    spoil(write_cifar(name))
+    fails(capsys, ["--dataset", name, "--data-dir", str(tmp_path)], words)
+    with pytest.raises(data.UserError, match=f"no {name}: .*Ways to get it"):
+        data.load(name, tmp_path, download=False)
+
+
+STL10_MISTAKES = {
+    "absent": (lambda folder: shutil.rmtree(folder), "could not be downloaded.*stl10_binary"),
+    "missing": (lambda folder: (folder / "test_y.bin").unlink(), "stl10_binary lacks test_y.bin"),
+    "truncated": (lambda folder: (folder / "train_X.bin").write_bytes(bytes(27648 * 5 + 7)),
+                  r"holds damaged files \(train_X.bin\): delete"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", STL10_MISTAKES)
+def test_broken_stl10_gives_one_line(write_stl10, tmp_path, capsys, how):
+    spoil, words = STL10_MISTAKES[how]
+    spoil(write_stl10())
+    fails(capsys, ["--dataset", "stl10", "--data-dir", str(tmp_path)], words)
+
+
+def test_fewer_labels_than_images_of_stl10(write_stl10, tmp_path):
+    folder = write_stl10()
+    data.load("stl10", tmp_path)
+    np.uint8([1, 2]).tofile(folder / "train_y.bin")
+    with pytest.raises(data.UserError, match="has 2 labels for 6 images"):
+        data.load("stl10", tmp_path)
+
+
+def test_data_stay_where_they_are_told_to(tmp_path):
+    d = data.load("folder", write_folder(tmp_path))
+    cpu = torch.device("cpu")
+    for mode in ("auto", "off"):
+        assert data.place(d, cpu, mode) is d
+    inside = data.place(d, cpu, "on")
+    assert inside.train.data_ptr() != d.train.data_ptr()
+    assert torch.equal(inside.train, d.train) and inside.train_labels is d.train_labels
+
+
+def test_flags_of_data_sets():
+    assert train.defaults({"size": "paper", "dataset": "tinyimagenet"})["batch_size"] == 64
+    assert train.defaults({"size": "paper", "dataset": "cifar10"})["batch_size"] == 128
+    assert train.defaults({"size": "paper", "dataset": "tinyimagenet", "batch_size": 8})[
+        "batch_size"] == 8  # fmt: skip
+    for name in data.DATASETS:
+        config = train.defaults({"dataset": name})
+        assert train.network(config).image == data.SHAPES[name]
+        assert train.network(config).latents[0] == ("8c" if data.SHAPES[name][0] == 1 else "16c")
+
+
 def test_digits():
     from sklearn.datasets import load_digits
 
@@ -827,7 +1655,7 @@ def test_digits():
 def real_folder(name: str) -> str:
     """DATA_DIR where it has the data set, Debian's for FashionMNIST; skips where there is none."""
     folder = os.environ.get("DATA_DIR", "")
-    if folder and (Path(folder) / name / "raw").is_dir():
+    if folder and any((Path(folder) / name / sub).is_dir() for sub in ("raw", ".")):
         return folder
     if name == "FashionMNIST" and not data._missing(data.DEBIAN_FASHION):
         return "nowhere"
@@ -858,6 +1686,21 @@ def test_real_mnist_is_what_torchvision_reads():
         assert torch.equal(labels, reference.targets)
 
 
+def test_real_cifar10():
+    d = data.load("cifar10", real_folder("cifar-10-batches-py"), download=False)
+    assert d.train.shape == (50_000, 3, 32, 32) and d.test.shape == (10_000, 3, 32, 32)
+    assert torch.bincount(d.train_labels).tolist() == [5000] * 10
+    assert torch.bincount(d.test_labels).tolist() == [1000] * 10
+    assert d.classes[0] == "airplane" and d.classes[9] == "truck"
+    # The mean and deviation of each channel that the data set is known by.
+    for channel, (mean, std) in enumerate([(0.4914, 0.2470), (0.4822, 0.2435), (0.4465, 0.2616)]):
+        values = d.train[:, channel].float() / 255
+        assert values.mean().item() == pytest.approx(mean, abs=1e-4)
+        assert values.std().item() == pytest.approx(std, abs=1e-4)
+    planes = d.train[d.train_labels == 0].float().mean(dim=(0, 2, 3))  # the sky is blue
+    assert planes[2] > planes[1] > planes[0]
+
+
 def test_batches():
     pictures = torch.zeros(103, 1, 2, 2, dtype=torch.uint8)
     first, again = (data.shuffled(pictures, 10, seed=1, epoch=4) for _ in range(2))
@@ -866,7 +1709,11 @@ def test_batches():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for seed, epoch in [(1, 5), (2, 4)]:
         assert not torch.equal(first[0], data.shuffled(pictures, 10, seed, epoch)[0])
-    assert torch.cat(list(data.in_order(torch.arange(1100)))).tolist() == list(range(1100))
+    cpu = torch.device("cpu")
+    parts = list(data.in_order(torch.arange(1100).view(1100, 1), cpu, pixels=500))
+    assert [len(p) for p in parts] == [500, 500, 100]
+    assert torch.cat(parts).flatten().tolist() == list(range(1100))
+    assert len(next(data.in_order(torch.zeros(600, 1, 28, 28), cpu))) == 512
 
 
 def test_binarisation_has_the_pixels_as_its_mean():
@@ -895,8 +1742,8 @@ def few(monkeypatch):
     """The digits, but only some of them, so that an epoch takes a moment."""
     d = data.load("digits")
     d = data.Data(d.train[:300], d.train_labels[:300], d.test[:60], d.test_labels[:60], d.classes)
-    monkeypatch.setattr(train, "load", lambda *a: d)
-    monkeypatch.setattr(evaluate, "load", lambda *a: d)
+    monkeypatch.setattr(train, "load", lambda *a, **k: d)
+    monkeypatch.setattr(evaluate, "load", lambda *a, **k: d)
     return d
 
 
@@ -943,13 +1790,13 @@ def test_resume_equals_uninterrupted(few, tmp_path, monkeypatch, capsys, objecti
         out = str(tmp_path / f"parts{at}")
         calls = itertools.count(1)
 
-        def binarize(x, at=at, calls=calls, number=stop_signal):
+        def observed(x, at=at, calls=calls, number=stop_signal):
             if next(calls) == at:
                 signal.raise_signal(number)
-            return data.binarize(x)
+            return data.observed(x)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "binarize", binarize)
+            patch.setattr(train, "observed", observed)
             with pytest.raises(SystemExit) as stop:
                 train.main([*flags, "--out", out])
         assert stop.value.code == 128 + stop_signal
@@ -972,7 +1819,7 @@ def test_killed_while_writing_a_checkpoint(few, tmp_path):
         import torch, data, evaluate, train
         d = data.load("digits")
         few = data.Data(d.train[:300], d.train_labels[:300], d.test[:60], d.test_labels[:60], ())
-        train.load = evaluate.load = lambda *a: few
+        train.load = evaluate.load = lambda *a, **k: few
         whole_save, saves = torch.save, [0]
         def save(state, file):
             saves[0] += 1
@@ -1102,6 +1949,11 @@ TRAIN_MISTAKES = [
     (["--device", "tpu"], "unknown device 'tpu': choose auto, cpu, cuda or cuda:N"),
     (["--device", "cuda:x"], "unknown device"),
     (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
+    (["--dataset", "cifar10", "--image-size", "64"], "--image-size is for --dataset folder"),
+    (["--dataset", "folder", "--image-size", "4"], "--image-size 4: choose from 8 to 1024"),
+    (["--dataset", "folder", "--image-size", "50"], "squares whose side is a multiple of 4"),
+    (["--unlabelled"], "--unlabelled is for --dataset stl10"),
+    (["--device-data", "maybe"], "invalid choice: 'maybe'"),
     (["--update", "all"], "invalid choice: 'all'"),
     (["--colour"], "unrecognized arguments"),
     (["--resume"], "no run at .*: name a folder"),

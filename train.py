@@ -26,8 +26,20 @@ from tqdm import tqdm
 import evaluate
 import models
 import rewards
-from data import DATASETS, Data, UserError, binarize, load, pick_device, pick_dtype, shuffled
-from evaluate import CHECKPOINT, FORMAT, writing
+from data import (
+    DATASETS,
+    Data,
+    UserError,
+    image_shape,
+    load,
+    observed,
+    pick_device,
+    pick_dtype,
+    place,
+    shuffled,
+    writing,
+)
+from evaluate import CHECKPOINT, FORMAT
 
 CHECK_EVERY = 20  # updates between looks at the losses: each look waits for the device
 
@@ -54,6 +66,13 @@ def parser() -> evaluate.Parser:
                    help="skip paths take the priors' means, or a sample of each (default mean)")
     p.add_argument("--dataset", choices=DATASETS, help="default digits, which is no download")
     p.add_argument("--data-dir", help="folder of the data sets (default data)")
+    p.add_argument("--image-size", type=int, help="side of the images of --dataset folder "
+                   "(default 32): the middle square of each is resized to it")
+    p.add_argument("--unlabelled", action="store_true",
+                   help="train on the 100,000 unlabelled images of --dataset stl10")
+    p.add_argument("--device-data", choices=("auto", "on", "off"),
+                   help="images live in the device's memory (on) or go there batch by batch (off); "
+                   "auto: on where they take a quarter of its free memory at most")
     p.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
     p.add_argument("--size", choices=tuple(models.PRESETS),
                    help="paper: its network and training; small: for two CPU cores (default small)")
@@ -82,21 +101,31 @@ def parser() -> evaluate.Parser:
     return p
 
 
-MAY_CHANGE = {"epochs", "data_dir", "device", "eval_every", "save_every", "out"}  # on --resume
+MAY_CHANGE = {
+    "epochs",
+    "data_dir",
+    "device",
+    "device_data",
+    "eval_every",
+    "save_every",
+    "out",
+}  # on --resume
 
 
 def defaults(given: dict) -> dict:
     """A full configuration: the flags given, the rest by --size, --dataset and --rl."""
     config = dict(
         arch="lvae", rl=False, gamma=0.9, skip="mean", dataset="digits", data_dir="data",
-        device="auto", size="small", latents=None, levels=None, channels=None, batch_size=128,
-        warmup=0, free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, save_every=60.0,
-        dtype="auto",
+        image_size=None, unlabelled=False, device="auto", device_data="auto", size="small",
+        latents=None, levels=None, channels=None, batch_size=128, warmup=0, free_bits=0.0,
+        free_bits_epochs=None, seed=0, eval_every=0, save_every=60.0, dtype="auto",
     )  # fmt: skip
     config |= given
     if config["size"] == "paper":
         levels = len(network(config).latents)
         config |= dict(lr=3e-4, update="stepwise", epochs=max(1, round(1000 / levels)))
+        if config["dataset"] == "tinyimagenet":
+            config["batch_size"] = 64
         if not config["rl"]:
             config |= dict(epochs=1000, warmup=200, free_bits=2.0, free_bits_epochs=400)
     else:
@@ -113,8 +142,9 @@ def defaults(given: dict) -> dict:
 
 def network(config: dict) -> models.Config:
     keys = ("arch", "size", "latents", "levels", "channels")
+    image = image_shape(config["dataset"], config["image_size"])
     try:
-        return models.configure(**{k: config[k] for k in keys})
+        return models.configure(image=image, **{k: config[k] for k in keys})
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -239,7 +269,8 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
     config, model, device = run.config, run.model, run.device
     dtype = pick_dtype(config["dtype"], device)
     losses = objectives(config, model.levels)
-    batches = shuffled(data.train, config["batch_size"], config["seed"], run.epoch)
+    images = data.to_train_on
+    batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
     last_save, started = time.monotonic(), time.monotonic() - run.seconds
     recent: list[tuple[int, int, Tensor]] = []  # epoch, update and loss, not looked at yet
 
@@ -262,7 +293,7 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
 
     with Stop() as stop:
         while run.epoch < config["epochs"]:
-            x = binarize(data.train[batches[run.batch]])
+            x = observed(images[batches[run.batch]].to(device))
             terms = kl_terms(config, run.epoch + run.batch / len(batches))
             for loss_of in losses:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -285,7 +316,7 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
                 end_of_epoch(run, data, terms, bar)
                 run.epoch, run.batch = run.epoch + 1, 0
                 started = time.monotonic() - run.seconds
-                batches = shuffled(data.train, config["batch_size"], config["seed"], run.epoch)
+                batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
             done = run.epoch == config["epochs"]
             if done or stop.signal or time.monotonic() - last_save >= config["save_every"]:
                 look()
@@ -312,7 +343,8 @@ def end_of_epoch(run: Run, data: Data, terms: dict, bar: tqdm) -> None:
     measure = config["eval_every"] > 0 and epoch % config["eval_every"] == 0
     if measure:
         test = line["test"] = evaluate.glance(run.model, data)
-        text += f"  test: ELBO {test['elbo']:.2f}, z_L probe {test['probe']:.2f} %"
+        text += f"  test: ELBO {test['elbo']:.2f}"
+        text += f", z_L probe {test['probe']:.2f} %" if "probe" in test else ""
     run.log(line)
     if measure or epoch % max(1, config["epochs"] // 20) == 0:
         bar.write(text)
@@ -325,7 +357,8 @@ def end_of_epoch(run: Run, data: Data, terms: dict, bar: tqdm) -> None:
 def introduce(run: Run, data: Data) -> None:
     """Prints what is about to be trained, and what the paper trains."""
     c, m = run.config, run.model.config
-    levels, paper = len(m.latents), models.PRESETS["paper"]
+    levels, paper = len(m.latents), models.preset("paper", m.image)
+    paper_batch = 64 if c["dataset"] == "tinyimagenet" else 128
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     objective, schedule = "ELBO", "1000 epochs, warm-up of 200, 2 nats free bits for 400"
     if c["rl"]:
@@ -339,13 +372,13 @@ def introduce(run: Run, data: Data) -> None:
         f"model     {c['arch']}, {c['size']}, levels {','.join(m.latents)} from the pixels up, "
         f"{m.channels} channels, {parameters:.2f} M parameters\n"
         f"objective {objective}, {warmup}{free if c['free_bits'] else ''}\n"
-        f"data      {c['dataset']}, {len(data.train):,} training and {len(data.test):,} test "
-        f"images of {'x'.join(map(str, m.image))}\n"
+        f"data      {c['dataset']}, {len(data.to_train_on):,} training and {len(data.test):,} test "
+        f"images of {'x'.join(map(str, m.image))}, {len(data.classes) or 'no'} classes\n"
         f"training  {c['epochs']} epochs, batches of {c['batch_size']}, Adam at {c['lr']:g}, "
         f"seed {c['seed']}\n"
         f"device    {run.device}{threads}, {dtype}\n"
         f"paper     levels {','.join(paper['latents'])}, {paper['channels']} channels, batches of "
-        f"128, Adam at 0.0003, {schedule} (--size paper)\n"
+        f"{paper_batch}, Adam at 0.0003, {schedule} (--size paper)\n"
         f"writes to {run.folder}",
         flush=True,
     )
@@ -371,7 +404,7 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
     if Path(flags["out"]).is_file():
         raise UserError(f"{flags['out']} is a file: --resume takes the run's folder")
     state = evaluate.load_checkpoint(Path(flags["out"]))
-    config = dict(state["config"])
+    config = defaults(state["config"])  # an older checkpoint may lack newer settings
     for key, value in flags.items():
         if key not in MAY_CHANGE and value != config.get(key):
             raise UserError(
@@ -386,8 +419,11 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
 def command(flags: dict) -> None:
     """A run from its flags to its evaluation."""
     config, state = prepare(flags)
+    network(config)  # what cannot be built is said before any data are read
     device = pick_device(config["device"])
-    data = load(config["dataset"], config["data_dir"]).to(device)
+    data = load(config["dataset"], config["data_dir"], image_size=config["image_size"],
+                unlabelled=config["unlabelled"])  # fmt: skip
+    data = place(data, device, config["device_data"])
     run = Run(config, device)
     folder = run.folder
     if state is not None:
@@ -405,7 +441,7 @@ def command(flags: dict) -> None:
         print(f"note      --{flag} has no effect without --rl")
     if run.epoch < config["epochs"]:
         (folder / "eval.json").unlink(missing_ok=True)
-        batches = math.ceil(len(data.train) / config["batch_size"])
+        batches = math.ceil(len(data.to_train_on) / config["batch_size"])
         interval = 0.5 if sys.stderr.isatty() else 15  # seconds between lines of the bar
         with tqdm(total=config["epochs"] * batches, initial=run.epoch * batches + run.batch,
                   unit="batch", mininterval=interval, dynamic_ncols=True) as bar:  # fmt: skip
