@@ -23,13 +23,32 @@ class MutualInformation(NamedTuple):
     curve: list[float]  # the bound on held-out pairs after every epoch
 
 
-class Statistics(nn.Module):
-    """T(x, z): (B, Dx) and (B, Dz) to (B,)."""
+class Standardise(nn.Module):
+    """(B, ...) of any type to (B, D) float32, by the mean and deviation of the data given.
 
-    def __init__(self, inputs: int, hidden: int):
+    Batch by batch, so that images may stay the uint8 they are.
+    """
+
+    def __init__(self, data: Tensor):
         super().__init__()
+        parts = data.flatten(1).split(1024)
+        mean = sum(part.double().sum(0) for part in parts) / len(data)
+        variance = sum((part.double() - mean).square().sum(0) for part in parts) / (len(data) - 1)
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("std", variance.sqrt().float().clamp_min(1e-6))
+
+    def forward(self, data: Tensor) -> Tensor:
+        return (data.flatten(1).float() - self.mean) / self.std
+
+
+class Statistics(nn.Module):
+    """T(x, z): (B, ...) and (B, ...) to (B,); standardises by the training pairs x and z."""
+
+    def __init__(self, x: Tensor, z: Tensor, hidden: int):
+        super().__init__()
+        self.x, self.z = Standardise(x), Standardise(z)
         self.net = nn.Sequential(
-            nn.Linear(inputs, hidden),
+            nn.Linear(len(self.x.mean) + len(self.z.mean), hidden),
             nn.LeakyReLU(),
             nn.Linear(hidden, hidden),
             nn.LeakyReLU(),
@@ -37,7 +56,7 @@ class Statistics(nn.Module):
         )
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.net(torch.cat([x, z], dim=1)).squeeze(1)
+        return self.net(torch.cat([self.x(x), self.z(z)], dim=1)).squeeze(1)
 
 
 def log_mean_exp(t: Tensor) -> Tensor:
@@ -132,16 +151,11 @@ def mutual_information(
         raise ValueError("too few pairs: at least 2 to train on and 2 to hold out")
     ceiling = math.log(len(torch.unique(held_out[0].flatten(1), dim=0)))
 
-    def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-        train, test = train.detach().flatten(1).float(), test.detach().flatten(1).float()
-        mean, std = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
-        return (train - mean) / std, (test - mean) / std
-
-    x, x_test = standardise(x, held_out[0])
-    z, z_test = standardise(z, held_out[1])
+    x, z = x.detach(), z.detach()
+    x_test, z_test = (t.detach() for t in held_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        statistics = Statistics(x.shape[1] + z.shape[1], hidden).to(x.device)
+        statistics = Statistics(x, z, hidden).to(x.device)
     optimizer = torch.optim.Adam(statistics.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, math.ceil(epochs / 3)), decay)
     average = MovingLogMean()

@@ -28,6 +28,10 @@ import PIL.Image
 import pytest
 import torch
 import torchvision
+from sklearn.decomposition import PCA
+from sklearn.multiclass import OneVsOneClassifier
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
 from torch.distributions import Independent, Normal, kl_divergence
 
 import data
@@ -902,6 +906,35 @@ def test_probe_on_known_separability():
     assert probe(circle * 1e-4) < 60  # rounding noise of a collapsed level is not blown up
 
 
+def test_probe_of_many_classes(monkeypatch):
+    """Against scikit-learn's own pipeline in one piece: standardise, PCA, one-versus-one."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 1, (30, 60))
+    labels = np.arange(1800) % 30
+    z = (centres[labels] + rng.normal(0, 1.6, (1800, 60))) @ rng.normal(0, 0.3, (60, 60))
+    z = np.float32(z + 3)
+    a, ya, b, yb = z[:1200], labels[:1200], z[1200:], labels[1200:]
+    standard, pca = StandardScaler().fit(a), PCA(20)  # 80 images a pair, a quarter of them
+    machine = OneVsOneClassifier(LinearSVC(dual=False))
+    machine.fit(pca.fit_transform(standard.transform(a)), ya)
+    found = evaluate.linear_probe(a, ya, b, yb)
+    by_sklearn = 100 * machine.score(pca.transform(standard.transform(b)), yb)
+    assert found == pytest.approx(by_sklearn, abs=0.5) and found > 40
+    twenty = labels[:1200] < 20, labels[1200:] < 20  # few classes keep all dimensions
+    machine.fit(StandardScaler().fit_transform(a[twenty[0]]), ya[twenty[0]])
+    standard = StandardScaler().fit(a[twenty[0]])
+    whole = 100 * machine.score(standard.transform(b[twenty[1]]), yb[twenty[1]])
+    few = a[twenty[0]], ya[twenty[0]], b[twenty[1]], yb[twenty[1]]
+    assert evaluate.linear_probe(*few) == pytest.approx(whole, abs=0.3)
+    # More than 512 dimensions: the leading 256 components.
+    wide = [np.repeat(few[0], 9, axis=1), few[1], np.repeat(few[2], 9, axis=1), few[3]]
+    kept = []
+    monkeypatch.setattr(evaluate, "principal_components", lambda *x: kept.append(x[2]) or x[:2])
+    evaluate.linear_probe(wide[0][:, :512], few[1], wide[2][:, :512], few[3])
+    evaluate.linear_probe(wide[0][:, :513], few[1], wide[2][:, :513], few[3])
+    assert kept == [256]
+
+
 def test_probes_of_levels_and_of_all():
     torch.manual_seed(0)
     model = tiny("hvae", 2, torch.float32)
@@ -914,7 +947,19 @@ def test_probes_of_levels_and_of_all():
             for p in (pictures[:150], pictures[150:]))  # fmt: skip
     assert evaluate.probes(model, halves._replace(train_labels=None, test_labels=None)) == {}
     assert a.shape == (150, 2 * 4 * 4 + 3)
-    assert found["all"] == evaluate.linear_probe(a, labels[:150].numpy(), b, labels[150:].numpy())
+    expected = evaluate.linear_probe(a, labels[:150].numpy(), b, labels[150:].numpy())
+    assert found["all"] == pytest.approx(expected, abs=1)  # a in float64
+
+
+def test_mine_takes_images_as_they_are():
+    x = torch.randint(0, 256, (400, 1, 4, 4), dtype=torch.uint8)
+    z = x.flatten(1)[:, :2].float() / 255
+
+    def nats(pictures):
+        pairs = pictures[:300], z[:300], (pictures[300:], z[300:])
+        return mine.mutual_information(*pairs, hidden=16, epochs=4).nats
+
+    assert nats(x) == pytest.approx(nats(x.double() / 255), abs=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1470,6 +1515,10 @@ def test_decoding_in_several_processes_keeps_the_order(tmp_path, monkeypatch):
     d = data.load("tinyimagenet", tmp_path)
     colour = torch.tensor([i for i in range(30) if i % 10 != 1])
     assert_colours(d.train[colour], d.train_labels[colour], [i % 10 for i in colour.tolist()])
+    damaged_image(next(tmp_path.rglob(f"{WNIDS[0]}_3.JPEG")))
+    with pytest.raises(data.UserError, match=f"{WNIDS[0]}_3.JPEG is not a whole image"):
+        data.load("tinyimagenet", tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def damaged_image(path: Path) -> None:

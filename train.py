@@ -28,6 +28,7 @@ import models
 import rewards
 from data import (
     DATASETS,
+    SHAPES,
     Data,
     UserError,
     image_shape,
@@ -129,10 +130,10 @@ def defaults(given: dict) -> dict:
         if not config["rl"]:
             config |= dict(epochs=1000, warmup=200, free_bits=2.0, free_bits_epochs=400)
     else:
-        digits = config["dataset"] == "digits"
-        config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 20)
-        if digits and config["rl"]:  # few images: the KL would win before the decoder listens
-            config["warmup"] = 20
+        digits, colour = config["dataset"] == "digits", SHAPES[config["dataset"]][0] > 1
+        config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 10 if colour else 20)
+        if config["rl"]:  # few images, or a decoder slow to listen: the KL would win before
+            config["warmup"] = 20 if digits else 1 if colour else 0
     config |= given
     if config["free_bits_epochs"] is None:
         config["free_bits_epochs"] = config["epochs"]
