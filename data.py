@@ -312,7 +312,8 @@ def _stl10(data_dir: Path, download: bool, unlabelled: bool) -> Data:
         _download("stl10", data_dir, fetch, found if base.is_dir() else "")
 
     def blocks(file: str) -> Iterator[np.ndarray]:
-        if damaged := _whole(listed):
+        split = file.partition("_")[0]  # train_X.bin: and its labels
+        if damaged := _whole([(p, md5) for p, md5 in listed if p.name.startswith(split)]):
             raise UserError(f"stl10: {damaged}: delete them. {_ways('stl10', data_dir)}")
         columns_first = np.memmap(base / file, np.uint8, "r").reshape(-1, 3, 96, 96)
         for start in range(0, len(columns_first), BLOCK):
