@@ -18,6 +18,8 @@ import contextlib
 import gzip
 import hashlib
 import io
+import math
+import mmap
 import os
 import socket
 import sys
@@ -574,10 +576,18 @@ def _cached(
         try:
             if mark.read_text() != signature:
                 return None
-            array = np.load(path, mmap_mode="c")  # copy on write: the file never changes
+            with open(path, "rb") as file:
+                np.lib.format.read_magic(file)
+                header, start = np.lib.format.read_array_header_1_0(file), file.tell()
+                # Copy on write: nothing that is done to the tensor reaches the file.
+                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError):
             return None
-        return torch.from_numpy(array) if array.shape == shape else None
+        if header[0] != shape or len(pages) != start + math.prod(shape):
+            return None
+        images = torch.from_numpy(np.frombuffer(pages, np.uint8, offset=start).reshape(shape))
+        images.pages = pages  # for `take`
+        return images
 
     mark = path.with_suffix(".source")
     found = opened()
@@ -710,7 +720,20 @@ def shuffled(images: Tensor, batch_size: int, seed: int, epoch: int) -> list[Ten
     return list(order.split(batch_size))
 
 
+def take(images: Tensor, rows: Tensor | slice, device: torch.device) -> Tensor:
+    """A batch of the images on the device.
+
+    What it read of a memory map does not stay in the process's memory: a run on a file of any size
+    needs no more than its batches, and the system keeps of the file what it has room for.
+    """
+    batch = images[rows]
+    if hasattr(images, "pages") and hasattr(mmap, "MADV_DONTNEED"):
+        images.pages.madvise(mmap.MADV_DONTNEED)
+    return batch.to(device)
+
+
 def in_order(images: Tensor, device: torch.device, pixels: int = 512 * 28 * 28) -> Iterator[Tensor]:
     """All images (N, ...) once, on the device, in batches of about so many values: 512 of 28x28."""
-    for batch in images.split(max(1, pixels // images[0].numel())):
-        yield batch.to(device)
+    size = max(1, pixels // images[0].numel())
+    for start in range(0, len(images), size):
+        yield take(images, slice(start, start + size), device)

@@ -1522,6 +1522,32 @@ def test_decoding_in_several_processes_keeps_the_order(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def resident() -> int:
+    """Bytes of files that this process holds in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
+def test_a_memory_map_does_not_fill_the_memory(tmp_path):
+    """100 MB are read whole, at random and in order; a few of them stay."""
+    shape, device = (2000, 3, 128, 128), torch.device("cpu")
+    rng = np.random.default_rng(0)
+    blocks = [rng.integers(0, 256, (100, *shape[1:]), np.uint8) for _ in range(20)]
+    data._cached(tmp_path / "x.npy", shape, "1", lambda: iter(blocks))
+    images = data._cached(tmp_path / "x.npy", shape, "1", pytest.fail)
+    before = resident()
+    sums = torch.zeros(3, dtype=torch.long)
+    for rows in data.shuffled(images, 100, seed=0, epoch=0):
+        sums += data.take(images, rows, device).sum(dim=(0, 2, 3))
+    assert resident() - before < 20e6
+    for batch in data.in_order(images, device):
+        sums -= batch.sum(dim=(0, 2, 3))
+    assert resident() - before < 20e6 and sums.tolist() == [0, 0, 0]
+    assert images.sum() == sum(int(b.sum()) for b in blocks)
+    assert resident() - before > 80e6  # without `take` all of it stays
+
+
 def damaged_image(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 

@@ -38,6 +38,7 @@ from data import (
     pick_dtype,
     place,
     shuffled,
+    take,
     writing,
 )
 from evaluate import CHECKPOINT, FORMAT
@@ -294,7 +295,7 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
 
     with Stop() as stop:
         while run.epoch < config["epochs"]:
-            x = observed(images[batches[run.batch]].to(device))
+            x = observed(take(images, batches[run.batch], device))
             terms = kl_terms(config, run.epoch + run.batch / len(batches))
             for loss_of in losses:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
