@@ -358,7 +358,7 @@ class InChunks(torch.autograd.Function):
     """function(a, b) for a few rows at a time, its gradient with respect to a taken at once.
 
     For a function that gives one number a row. What it computes on the way stays in the cache and
-    is not kept for the backward pass, which makes it twice as fast on a CPU.
+    is not kept for the backward pass, which makes it up to twice as fast on a CPU.
     """
 
     @staticmethod
