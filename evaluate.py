@@ -1,7 +1,9 @@
-"""What a run has learned: probe, KL, active units, likelihoods and mutual information.
+"""What runs have learned: probe, KL, active units, likelihoods and mutual information.
 
 python evaluate.py runs/digits-lvae-rl-0
 python evaluate.py runs/digits-lvae-rl-0 --json --mine
+python evaluate.py runs/digits-* --table
+python evaluate.py runs/digits-* --figures figures
 """
 
 import argparse
@@ -22,6 +24,7 @@ from torch import Tensor
 import mine
 import models
 import rewards
+import tables
 from data import (
     Data,
     UserError,
@@ -43,9 +46,7 @@ FORMAT = 1  # of checkpoints
 
 
 @torch.no_grad()
-def latents(
-    model: models.Hierarchy, images: Tensor, sample: bool = False
-) -> Iterator[list[Tensor]]:
+def latents(model: models.Network, images: Tensor, sample: bool = False) -> Iterator[list[Tensor]]:
     """Batch by batch the representation of uint8 images at each level, bottom to top, on the
     model's device: the posterior mean given the means of the levels it is conditioned on, of the
     grey or colour image; with `sample` a sample of the posterior instead."""
@@ -54,7 +55,7 @@ def latents(
 
 
 def representations(
-    model: models.Hierarchy, images: Tensor, sample: bool = False, widest: int | None = None
+    model: models.Network, images: Tensor, sample: bool = False, widest: int | None = None
 ) -> list[Tensor]:
     """Each level's representation (N, D) of uint8 images, bottom to top, on the model's device.
 
@@ -120,7 +121,7 @@ def linear_probe(
 WIDEST = 1024  # numbers of a level that the probe takes: wider maps are averaged over squares
 
 
-def probes(model: models.Hierarchy, data: Data) -> dict[str, float]:
+def probes(model: models.Network, data: Data) -> dict[str, float]:
     """The probe of each level and of all levels together: {"z1": ..., "zL": ..., "all": ...}.
 
     Empty where the images have no labels.
@@ -149,7 +150,7 @@ def bits_per_dimension(nats: float, dims: int) -> float:
     return -nats / (dims * math.log(2))
 
 
-def active_units(model: models.Hierarchy, images: Tensor, threshold: float = 0.01) -> list[int]:
+def active_units(model: models.Network, images: Tensor, threshold: float = 0.01) -> list[int]:
     """How many dimensions of each level have a posterior mean whose variance over the images
     exceeds the threshold (Burda et al. 2016), bottom to top."""
     sums: list[list[Tensor]] = []
@@ -162,7 +163,7 @@ def active_units(model: models.Hierarchy, images: Tensor, threshold: float = 0.0
 
 
 @torch.no_grad()
-def densities(model: models.Hierarchy, images: Tensor, samples: int = 0, seed: int = 0) -> dict:
+def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int = 0) -> dict:
     """Means over (binarised) images, nats: "kl" and "log_px_given_z" per level, "elbo", "iwae".
 
     One posterior sample an image, skip paths by the prior means; "iwae" is the importance-weighted
@@ -171,15 +172,18 @@ def densities(model: models.Hierarchy, images: Tensor, samples: int = 0, seed: i
     device = model.zero.device
     devices = [device] if device.type == "cuda" else []
     kl, log_px, iwae = [], [], []
-    every = [slice(None)] * model.levels
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for batch in in_order(images, device):
             x = observed(batch)
             inference = model.infer(x)
             kl.append(rewards.level_kl(inference))
-            paths = rewards.skip_log_likelihood(model, x, inference, every)
-            log_px.append(paths.view(model.levels, -1))
+            below = [None] * model.levels  # those that level l leaves to the priors: below[:l]
+            paths = [
+                model.generate(below[:level] + inference.latents[level:]).log_prob(x)
+                for level in range(model.levels)
+            ]
+            log_px.append(torch.stack(paths))
             if samples:
                 iwae.append(rewards.importance_weighted_bound(model, x, samples, 2 * len(x)))
     kl, log_px = torch.cat(kl, dim=1).double(), torch.cat(log_px, dim=1).double()
@@ -191,7 +195,7 @@ def densities(model: models.Hierarchy, images: Tensor, samples: int = 0, seed: i
     }
 
 
-def level_information(model: models.Hierarchy, data: Data, level: int, seed: int = 0) -> dict:
+def level_information(model: models.Network, data: Data, level: int, seed: int = 0) -> dict:
     """MINE between grey images and posterior samples of a level: trained on the training split,
     measured on the test split; {"nats", "ceiling"}."""
     device = model.zero.device
@@ -224,7 +228,7 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def restore_model(state: dict) -> models.Hierarchy:
+def restore_model(state: dict) -> models.Network:
     """The model of a checkpoint, on the CPU."""
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()}
     try:
@@ -236,7 +240,7 @@ def restore_model(state: dict) -> models.Hierarchy:
 
 
 def evaluate(
-    model: models.Hierarchy, data: Data, samples: int = 16, mine_levels: tuple[int, ...] = ()
+    model: models.Network, data: Data, samples: int = 16, mine_levels: tuple[int, ...] = ()
 ) -> dict:
     """All measures of a model on a data set, as README.md lists them. `mine_levels` are 0-based.
 
@@ -254,11 +258,13 @@ def evaluate(
 
 def report(run: Path, config: dict, epoch: int, model, data: Data, *options) -> dict:
     """`evaluate` with what was trained, as --json prints it and eval.json keeps it."""
-    about = {"run": str(run), "epoch": epoch} | {k: config[k] for k in ("dataset", "arch", "rl")}
+    about = {"run": str(run), "epoch": epoch} | {
+        k: config.get(k, False) for k in ("dataset", "arch", "rl", "ivae")
+    }
     return about | evaluate(model, data, *options)
 
 
-def glance(model: models.Hierarchy, data: Data) -> dict:
+def glance(model: models.Network, data: Data) -> dict:
     """A cheap look during training: KL and ELBO of the test split, and the probe of z_L fitted on
     10,000 training images where they have labels."""
     measured = densities(model, data.test)
@@ -313,51 +319,107 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a folder that train.py has written")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    # fmt: off
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN",
+                        help="a folder that train.py has written")
+    parser.add_argument("--table", action="store_true",
+                        help="runs side by side, by their eval.json (made where it is missing): "
+                        "mean and standard deviation over seeds, beside the paper's values")
+    parser.add_argument("--markdown", action="store_true", help="with --table: as Markdown")
+    parser.add_argument("--figures", type=Path, metavar="DIR",
+                        help="write the paper's figures that the runs allow into this folder")
+    parser.add_argument("--json", action="store_true", help="print JSON, no table")
     parser.add_argument("--data-dir", help="where the data sets are (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--device-data", choices=("auto", "on", "off"), default="auto", help="as in training"
-    )
+    parser.add_argument("--device-data", choices=("auto", "on", "off"), default="auto",
+                        help="as in training")
     parser.add_argument("--out", type=Path, help="write the JSON object to this file as well")
-    parser.add_argument(
-        "--samples", type=int, default=16, help="of the importance-weighted bound (default 16)"
-    )
+    parser.add_argument("--samples", type=int, default=16,
+                        help="of the importance-weighted bound (default 16)")
     parser.add_argument("--mine", action="store_true", help="mutual information of x and z_L")
     parser.add_argument("--mine-levels", help="or of these levels, 1 the lowest: 1,5")
+    # fmt: on
     args = parser.parse_args(argv)
     try:
-        print(json.dumps(run(args)) if args.json else table(run(args)))
+        command(args)
     except UserError as error:
         parser.error(str(error))
 
 
-def run(args: argparse.Namespace) -> dict:
-    """The evaluation that the command line asks for, written to --out where given."""
+def command(args: argparse.Namespace) -> None:
+    """What the command line asks for."""
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: the bound needs at least 1")
-    state = load_checkpoint(args.run)
-    config = state["config"]
-    model = restore_model(state)
-    levels = []
-    if args.mine_levels:
-        for part in args.mine_levels.split(","):
-            if not part.strip().isdigit() or not 1 <= int(part) <= model.levels:
-                raise UserError(f"--mine-levels {part!r}: name levels from 1 to {model.levels}")
-            levels.append(int(part) - 1)
-    elif args.mine:
-        levels = [model.levels - 1]
-    device = pick_device(args.device)
+    if args.markdown and not args.table:
+        raise UserError("--markdown is for --table")
+    if args.out and (len(args.runs) > 1 or args.table or args.figures):
+        raise UserError("--out is for the evaluation of one run")
+    if not (args.table or args.figures):
+        for run in args.runs:
+            result = evaluate_run(run, args)
+            if args.out:
+                write_json(args.out, result)
+            title = f"{run}\n" if len(args.runs) > 1 else ""
+            print(json.dumps(result) if args.json else title + table(result), flush=True)
+        return
+    runs = [tables.read_run(folder, kept_evaluation(folder, args)) for folder in args.runs]
+    if args.table:
+        print(json.dumps(tables.rows(runs)) if args.json else tables.table(runs, args.markdown))
+    if args.figures:
+        import figures
+
+        device = pick_device(args.device)
+        for line in figures.draw(runs, args.figures, lambda c: data_of(c, args, device), device):
+            print(line)
+
+
+def data_of(config: dict, args: argparse.Namespace, device: torch.device) -> Data:
+    """The data set of a run's configuration."""
     data = load(config["dataset"], args.data_dir or config["data_dir"],
                 image_size=config.get("image_size"))  # fmt: skip
-    data = place(data, device, args.device_data)
+    return place(data, device, args.device_data)
+
+
+def levels_of_mine(args: argparse.Namespace, levels: int) -> tuple[int, ...]:
+    """The 0-based levels whose mutual information is asked for."""
+    if not args.mine_levels:
+        return (levels - 1,) if args.mine else ()
+    parts = [part.strip() for part in args.mine_levels.split(",")]
+    for part in parts:
+        if not part.isdigit() or not 1 <= int(part) <= levels:
+            raise UserError(f"--mine-levels {part!r}: name levels from 1 to {levels}")
+    return tuple(int(part) - 1 for part in parts)
+
+
+def evaluate_run(folder: Path, args: argparse.Namespace) -> dict:
+    """The evaluation of a run's checkpoint."""
+    state = load_checkpoint(folder)
+    config, model = state["config"], restore_model(state)
+    levels = levels_of_mine(args, model.levels)
+    device = pick_device(args.device)
+    data = data_of(config, args, device)
     if tuple(data.train.shape[1:]) != tuple(model.config.image):
-        raise UserError(f"{args.run} was trained on other images than {config['dataset']} now has")
-    model = model.to(device)
-    result = report(args.run, config, state["epoch"], model, data, args.samples, tuple(levels))
-    if args.out:
-        write_json(args.out, result)
+        raise UserError(f"{folder} was trained on other images than {config['dataset']} now has")
+    return report(folder, config, state["epoch"], model.to(device), data, args.samples, levels)
+
+
+def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict:
+    """A run's eval.json; what it lacks is measured first, and kept there."""
+    path = folder / "eval.json"
+    if not path.exists():
+        if not (folder / CHECKPOINT).exists():
+            raise UserError(f"{folder} has neither eval.json nor {CHECKPOINT}: train.py makes both")
+        write_json(path, evaluate_run(folder, args))
+    result = tables.read_json(path)
+    levels = levels_of_mine(args, len(result["kl"]))
+    missing = [level for level in levels if f"z{level + 1}" not in result["mine"]]
+    if missing:
+        state = load_checkpoint(folder)
+        device = pick_device(args.device)
+        model, data = restore_model(state).to(device), data_of(state["config"], args, device)
+        for level in missing:
+            result["mine"][f"z{level + 1}"] = level_information(model, data, level)
+        write_json(path, result)
     return result
 
 

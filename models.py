@@ -1,29 +1,34 @@
-"""Hierarchical VAEs whose inference goes level by level.
+"""Hierarchical VAEs whose inference goes level by level, and the baselines.
 
 Levels are 0-based in code and always listed bottom to top: level 0 is the paper's z_1, next to the
-pixels, level L-1 is z_L. Every model offers the interface of `Hierarchy`, and nothing else is
-needed to train it (see rewards.py):
+pixels, level L-1 is z_L. What an ELBO and the evaluation need of a model:
 
     levels             L
-    order              the levels in the order in which they are inferred
     infer(x)           posteriors, priors and latents of all levels, bottom to top
-    prior(l, above)    p(z_l | z_{l+1})
-    likelihood(z)      p(x | z_1)
+    generate(latents)  p(x | z); levels from the lowest up that are None come from their priors
+
+`HVAE` and `LVAE` are Markov, given z_l nothing above it reaches x, and offer more, which is what
+reinforcement learning needs (see rewards.py):
+
+    order              the levels in the order in which they are inferred
     decode(starts)     any set of levels to the pixels along their skip paths, in one descent
 
-Distributions are torch.distributions with one batch dimension: log_prob and kl_divergence are per
-image, in nats. Grey images (one channel) are modelled as binary, colour images as 8-bit values.
+Each architecture is `Network` or `Hierarchy` and one class: to understand one, read those and none
+of the others. Distributions are torch.distributions with one batch dimension: log_prob and
+kl_divergence are per image, in nats. For p(x | z) see likelihoods.py.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent, Normal
+from torch.distributions import Distribution, Independent, Normal
 from torch.nn.utils.parametrizations import weight_norm
+
+from likelihoods import full_precision, likelihood, parameters_a_pixel
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
@@ -32,7 +37,7 @@ from torch.nn.utils.parametrizations import weight_norm
 class Config(NamedTuple):
     """Everything that decides a model's parameters. Tuples go bottom to top, one entry a level."""
 
-    arch: str  # "hvae" (bottom-up) or "lvae" (top-down)
+    arch: str  # "hvae", "lvae", "biva" or "aae"
     image: tuple[int, int, int]  # channels, height, width
     latents: tuple[str, ...]  # "8" is 8 dimensions, "8c" is 8 maps at the level's resolution
     channels: int
@@ -68,6 +73,8 @@ PRESETS = {
 PRESETS["paper"]["large"] = PRESETS["paper"]["colour"]
 PRESETS["small"]["large"] = PRESETS["small"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
 MAX_LEVELS = 10
+ARCHS = ("vae", "aae", "hvae", "lvae", "biva")
+ONE_LEVEL = ("vae", "aae")
 
 
 def preset(size: str, image: tuple[int, int, int]) -> dict:
@@ -97,14 +104,14 @@ def configure(
     levels: int | None = None,
     channels: int | None = None,
 ) -> Config:
-    """The configuration of `arch` ("vae", "hvae", "lvae") at a preset size for a kind of image.
+    """The configuration of one of ARCHS at a preset size for a kind of image.
 
     `latents` ("8c,64,32,16,8", bottom to top) overrides the preset's, `levels` gives those of
-    `latent_names`. "vae" has one level, the preset's top one.
+    `latent_names`. Those of ONE_LEVEL have the preset's top one.
     Raises ValueError, with a message for the user, for what cannot be built.
     """
-    if arch not in ("vae", "hvae", "lvae"):
-        raise ValueError(f"unknown architecture {arch!r}: choose vae, hvae or lvae")
+    if arch not in ARCHS:
+        raise ValueError(f"unknown architecture {arch!r}: choose {', '.join(ARCHS)}")
     if size not in PRESETS:
         raise ValueError(f"unknown size {size!r}: choose {' or '.join(PRESETS)}")
     row = preset(size, image)
@@ -114,12 +121,12 @@ def configure(
             raise ValueError(f"latents {latents!r} name {len(names)} levels, not {levels}")
     else:
         if levels is None:
-            levels = 1 if arch == "vae" else len(row["latents"])
+            levels = 1 if arch in ONE_LEVEL else len(row["latents"])
         names = latent_names(levels, image[0] == 1, row["latents"])
     if not 1 <= len(names) <= MAX_LEVELS:
         raise ValueError(f"{len(names)} levels: a hierarchy has 1 to {MAX_LEVELS}")
-    if arch == "vae" and len(names) != 1:
-        raise ValueError(f"a vae has one level, not {len(names)}: use hvae or lvae")
+    if arch in ONE_LEVEL and len(names) != 1:
+        raise ValueError(f"{arch} has one level, not {len(names)}: use hvae, lvae or biva")
     for name in names:
         digits = name.removesuffix("c")
         if not (digits.isascii() and digits.isdigit() and int(digits) > 0):
@@ -147,9 +154,9 @@ def configure(
     )
 
 
-def build(config: Config) -> "Hierarchy":
+def build(config: Config) -> "Network":
     """The model of a configuration, default initialisation, on the CPU in float32."""
-    return {"hvae": HVAE, "lvae": LVAE}[config.arch](config)
+    return {"hvae": HVAE, "lvae": LVAE, "biva": BIVA, "aae": AAE}[config.arch](config)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -228,11 +235,6 @@ class Merge(nn.Module):
         return self.block(self.mix(F.relu(torch.cat([of_x, of_sample], dim=1))))
 
 
-def full_precision(x: Tensor) -> Tensor:
-    """Likelihoods and divergences are never computed below float32, whatever the autocast."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 def gaussian(mean: Tensor, scale: Tensor) -> Independent:
     """Diagonal Gaussian over all but the batch dimension. Validation would cost a sync a call."""
     normal = Normal(mean, scale, validate_args=False)
@@ -240,173 +242,23 @@ def gaussian(mean: Tensor, scale: Tensor) -> Independent:
 
 
 # --------------------------------------------------------------------------------------------------
-# The likelihood of colour images
-
-
-class LogisticMixture(Distribution):
-    """Pixels as a mixture of discretised logistics (Salimans et al. 2017, PixelCNN++).
-
-    Each pixel chooses one of K = 10 components, in which channel c has the mean m_c plus a linear
-    term in the values of the channels before it. A value is the bin of its logistic around it, the
-    first and the last one open. Values are v/(V-1) in [0, 1] for v = 0 ... V-1, V = 256.
-
-    `raw` is (B, P patch^2, H/patch, W/patch), what nn.PixelShuffle(patch) makes (B, P, H, W) of, in
-    any precision; the likelihood is computed in float32 or better. P = parameters(C): K logits,
-    then for each component and channel a mean and a log scale in units in which the values span
-    [-1, 1], then the coefficients before their tanh. Below, N = H W pixels.
-    """
-
-    COMPONENTS = 10
-    MIN_LOG_SCALE, MAX_LOG_SCALE = -7.0, 7.0
-    FAR = 1e30  # the outer edge of an open bin: finite, so that no gradient is inf times 0
-    CHUNK = 2**13  # pixels whose likelihood is computed at once on a CPU: they fit its cache
-
-    def __init__(self, raw: Tensor, channels: int, patch: int = 1, values: int = 256):
-        height, width = raw.shape[2] * patch, raw.shape[3] * patch
-        super().__init__(raw.shape[:1], (channels, height, width), validate_args=False)
-        self.raw, self.channels, self.patch, self.values = raw, channels, patch, values
-
-    @classmethod
-    def parameters(cls, channels: int) -> int:
-        """Parameters a pixel: 100 for three channels."""
-        return cls.COMPONENTS * (1 + 2 * channels + channels * (channels - 1) // 2)
-
-    def _unpack(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor, list[list[Tensor]]]:
-        """Log weights (B, K, N), means and log scales (B, K, C, N), and the coefficients [c][d]
-        (B, K, N) with which channel d < c moves the mean of channel c."""
-        k, c = self.COMPONENTS, self.channels
-        raw = full_precision(raw).reshape(len(raw), self.parameters(c), -1)
-        logits, means, log_scales, pairs = raw.split([k, k * c, k * c, k * c * (c - 1) // 2], 1)
-        means, log_scales, pairs = (t.unflatten(1, (k, -1)) for t in (means, log_scales, pairs))
-        pairs = iter(pairs.tanh().unbind(2))
-        coefficients = [[next(pairs) for _ in range(channel)] for channel in range(c)]
-        log_scales = log_scales.clamp(self.MIN_LOG_SCALE, self.MAX_LOG_SCALE)
-        return logits.log_softmax(1), means, log_scales, coefficients
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """(B,): log p(x) of x (B, C, H, W), in nats."""
-        x = F.pixel_unshuffle(x, self.patch).view(len(x), self.channels, -1)  # (B, C, N)
-        if self.raw.device.type != "cpu":
-            return self._log_prob(self.raw, x)
-        return InChunks.apply(self._log_prob, max(1, self.CHUNK // x.shape[2]), self.raw, x)
-
-    def _log_prob(self, raw: Tensor, x: Tensor) -> Tensor:
-        log_weights, means, log_scales, coefficients = self._unpack(raw)
-        half = 1 / (self.values - 1)  # of a bin
-        x = 2 * x.unsqueeze(1) - 1  # (B, 1, C, N)
-        means = torch.stack(
-            [
-                sum((a * x[:, :, d] for d, a in enumerate(row)), start=means[:, :, c])
-                for c, row in enumerate(coefficients)
-            ],
-            dim=2,
-        )
-        inverse = (-log_scales).exp()
-        upper = torch.where(x > 1 - half, self.FAR, x + half)
-        lower = torch.where(x < half - 1, -self.FAR, x - half)
-        # log(sigmoid(a) - sigmoid(b)) of the bin's edges a > b in units of the scale is
-        # logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a)): no difference of nearly equal
-        # numbers, whatever the parameters.
-        log_bin = F.logsigmoid((upper - means) * inverse) + F.logsigmoid((means - lower) * inverse)
-        log_bin = log_bin + (-((lower - upper) * inverse).expm1()).log()
-        return (log_weights + log_bin.sum(2)).logsumexp(1).sum(1)
-
-    def _by_channel(self, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """(B, K, C, N): each channel's value from its mean, given those before it, and its scale,
-        in [-1, 1]."""
-        _, means, log_scales, coefficients = self._unpack(self.raw)
-        channels: list[Tensor] = []
-        for c, row in enumerate(coefficients):
-            terms = (a * before for a, before in zip(row, channels, strict=True))
-            channels.append(value(sum(terms, start=means[:, :, c]), log_scales[:, :, c].exp()))
-        return torch.stack(channels, dim=2)
-
-    def _image(self, pixels: Tensor) -> Tensor:
-        """(B, C, N) in [-1, 1] to (B, C, H, W) in [0, 1]."""
-        return F.pixel_shuffle(pixels.view(len(pixels), -1, *self.raw.shape[2:]) / 2 + 0.5,
-                               self.patch)  # fmt: skip
-
-    @property
-    def mean(self) -> Tensor:
-        """(B, C, H, W) in [0, 1]: exact but that a bin counts as its logistic's own mass and not
-        as its centre, and that a channel takes the means of those before it."""
-
-        def clipped(mean: Tensor, scale: Tensor) -> Tensor:  # E of a logistic clipped to [-1, 1]
-            mean = torch.clamp(mean, -1 - 20 * scale, 1 + 20 * scale)  # all beyond is the same
-            above, below = F.softplus((mean + 1) / scale), F.softplus((mean - 1) / scale)
-            return (scale * (above - below) - 1).clamp(-1, 1)
-
-        weights = self._unpack(self.raw)[0].exp().unsqueeze(2)
-        return self._image((weights * self._by_channel(clipped)).sum(1))
-
-    @torch.no_grad()
-    def sample(self) -> Tensor:
-        """(B, C, H, W) in [0, 1]: one draw of all pixels."""
-
-        def draw(mean: Tensor, scale: Tensor) -> Tensor:
-            uniform = torch.rand_like(mean).clamp(1e-7, 1 - 1e-7)
-            bins = (mean + scale * uniform.logit() + 1) / 2 * (self.values - 1)
-            return bins.round().clamp(0, self.values - 1) * 2 / (self.values - 1) - 1
-
-        log_weights = self._unpack(self.raw)[0]
-        gumbel = -torch.empty_like(log_weights).exponential_().log()
-        chosen = (log_weights + gumbel).argmax(1)[:, None, None].expand(-1, 1, self.channels, -1)
-        return self._image(self._by_channel(draw).gather(1, chosen).squeeze(1))
-
-
-class InChunks(torch.autograd.Function):
-    """function(a, b) for a few rows at a time, its gradient with respect to a taken at once.
-
-    For a function that gives one number a row. What it computes on the way stays in the cache and
-    is not kept for the backward pass, which makes it up to twice as fast on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, function: Callable, rows: int, a: Tensor, b: Tensor) -> Tensor:
-        values, needs_gradient = [], ctx.needs_input_grad[2]
-        gradient = torch.empty_like(a) if needs_gradient else None
-        for start in range(0, len(a), rows):
-            part = a[start : start + rows].detach().requires_grad_(needs_gradient)
-            with torch.set_grad_enabled(needs_gradient):
-                value = function(part, b[start : start + rows])
-                if needs_gradient:
-                    gradient[start : start + rows] = torch.autograd.grad(value.sum(), part)[0]
-            values.append(value.detach())
-        ctx.save_for_backward(gradient)
-        ctx.rows = rows
-        return torch.cat(values)
-
-    @staticmethod
-    def backward(ctx, by_value: Tensor) -> tuple[None, None, Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        by_value = by_value.view(-1, *[1] * (gradient.dim() - 1))
-        scaled = torch.empty_like(gradient)
-        parts = zip(*(t.split(ctx.rows) for t in (gradient, by_value, scaled)), strict=True)
-        for part, factor, out in parts:
-            torch.mul(part, factor, out=out)
-        return None, None, scaled, None
-
-
-# --------------------------------------------------------------------------------------------------
-# The hierarchies
+# What all architectures share
 
 
 class Inference(NamedTuple):
     """One pass of the encoder; lists go bottom to top."""
 
-    posteriors: list[Independent]  # q(z_l | neighbouring sample, x)
-    priors: list[Independent]  # p(z_l | z_{l+1}) given the sample above; the top one has batch 1
+    posteriors: list[Independent]  # of z_l, given x and the samples that it is conditioned on
+    priors: list[Independent]  # of z_l, given the samples above; the top one has batch size 1
     latents: list[Tensor]  # z_l, (B, D) or (B, D, H, W)
+    pixels: Distribution | None = None  # p(x | all latents), where the pass came by it
 
 
-class Hierarchy(nn.Module):
-    """What the architectures share: the generative model and the bottom-up features of x.
+class Network(nn.Module):
+    """Resolutions, the features of x, and the way from the lowest features to the pixels.
 
-    p(x, z) = p(x|z_1) p(z_1|z_2) ... p(z_L), Markov: given z_l nothing above it reaches x, which
-    is what makes p(x|z_l) a skip path. Subclasses add the posteriors (`infer`) and their `order`.
+    Subclasses add posteriors and priors: `infer` and `generate`.
     """
-
-    order: tuple[int, ...]
 
     def __init__(self, config: Config):
         super().__init__()
@@ -428,27 +280,22 @@ class Hierarchy(nn.Module):
             stride=config.patch,
             padding=0 if config.patch > 1 else config.kernels[0] // 2,
         )
-        self.encoder = nn.ModuleList()  # features of x below level l to those at level l
-        self.decoder = nn.ModuleList()  # z_l to features at the level below
-        self.prior_heads = nn.ModuleList()  # those features to p(z_l | z_{l+1}), l < L-1
-        for level in range(self.levels):
-            kernel, stride, n = config.kernels[level], config.strides[level], config.blocks
-            below, here = self.sizes[level], self.sizes[level + 1]
-            plain = [Residual(channels, kernel) for _ in range(n - 1)]
-            self.encoder.append(nn.Sequential(*plain, Residual(channels, kernel, stride)))
-            plain = [Residual(channels, kernel) for _ in range(n - 1)]
-            self.decoder.append(
-                nn.Sequential(
-                    FromLatent(self.latent_shapes[level], channels, here),
-                    Residual(channels, kernel, size=below),
-                    *plain,
-                )
+        # Features of x below level l to those at level l.
+        self.encoder = nn.ModuleList(
+            nn.Sequential(
+                *(Residual(channels, kernel) for _ in range(config.blocks - 1)),
+                Residual(channels, kernel, stride),
             )
-            if level < self.levels - 1:
-                self.prior_heads.append(ToGaussian(channels, here, self.latent_shapes[level]))
-        per_pixel = 1 if depth == 1 else LogisticMixture.parameters(depth)
-        self.to_pixels = nn.Conv2d(channels, per_pixel * config.patch**2, 1)
+            for kernel, stride in zip(config.kernels, config.strides, strict=True)
+        )
+        self.to_pixels = nn.Conv2d(channels, parameters_a_pixel(depth) * config.patch**2, 1)
         self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def going_down(self, level: int) -> list[nn.Module]:
+        """The residual blocks from generative features at a level to those at the level below."""
+        channels, kernel = self.config.channels, self.config.kernels[level]
+        plain = (Residual(channels, kernel) for _ in range(self.config.blocks - 1))
+        return [Residual(channels, kernel, size=self.sizes[level]), *plain]
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Deterministic features of x (B, C, H, W) in [0, 1] at every level, bottom to top."""
@@ -458,11 +305,69 @@ class Hierarchy(nn.Module):
             out.append(h)
         return out
 
+    def pixels(self, features: Tensor) -> Distribution:
+        """p(x | z) from the generative features below level 0."""
+        raw = self.to_pixels(F.relu(features))
+        return likelihood(raw, self.config.image[0], self.config.patch)
+
+    def top_prior(self) -> Independent:
+        """p(z_L) = N(0, I), with batch size 1."""
+        zeros = self.zero.expand(1, *self.latent_shapes[-1])
+        return gaussian(zeros, zeros + 1)
+
+    def sample(self, n: int) -> Distribution:
+        """p(x | z) for n ancestral samples of z from the prior."""
+        top = self.top_prior().expand((n,)).sample()
+        return self.generate([None] * (self.levels - 1) + [top], skip="sample")
+
+    def infer(self, x: Tensor, sample: bool = True) -> Inference:
+        """Posteriors, priors and latents of x (B, C, H, W) with values in [0, 1].
+
+        Latents are reparameterised samples; with `sample=False` they are the posterior means,
+        each given the means of the levels it is conditioned on: the representation of x.
+        """
+        raise NotImplementedError
+
+    def generate(self, latents: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
+        """p(x | z) over (B, C, H, W). Of the levels, those from the lowest up may be None: they are
+        the means of their priors (`skip="mean"`) or one sample of each ("sample")."""
+        raise NotImplementedError
+
+
+def through(prior: Independent, skip: str) -> Tensor:
+    """What a skip path takes from a prior on its way down: the mean, or one sample."""
+    if skip not in ("mean", "sample"):
+        raise ValueError(f"unknown skip {skip!r}: choose mean or sample")
+    return prior.mean if skip == "mean" else prior.rsample()
+
+
+# --------------------------------------------------------------------------------------------------
+# The hierarchies
+
+
+class Hierarchy(Network):
+    """The generative model of HVAE and LVAE: p(x|z_1) p(z_1|z_2) ... p(z_L).
+
+    It is Markov: given z_l nothing above it reaches x, which is what makes p(x|z_l) a skip path.
+    """
+
+    order: tuple[int, ...]  # in which the levels are inferred
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        channels, shapes = config.channels, self.latent_shapes
+        self.decoder = nn.ModuleList()  # z_l to features at the level below
+        self.prior_heads = nn.ModuleList()  # those features to p(z_l | z_{l+1}), l < L-1
+        for level, (shape, size) in enumerate(zip(shapes, self.sizes[1:], strict=True)):
+            embed = FromLatent(shape, channels, size)
+            self.decoder.append(nn.Sequential(embed, *self.going_down(level)))
+            if level < self.levels - 1:
+                self.prior_heads.append(ToGaussian(channels, size, shape))
+
     def top_down(self, level: int, above: Tensor | None) -> tuple[Tensor | None, Independent]:
         """Features of the sample above at `level`, and the prior they give: p(z_l | z_{l+1})."""
         if level == self.levels - 1:
-            zeros = self.zero.expand(1, *self.latent_shapes[level])
-            return None, gaussian(zeros, zeros + 1)
+            return None, self.top_prior()
         features = self.decoder[level + 1](above)
         return features, self.prior_heads[level](features)
 
@@ -471,15 +376,8 @@ class Hierarchy(nn.Module):
         return self.top_down(level, above)[1]
 
     def likelihood(self, z: Tensor) -> Distribution:
-        """p(x | z_1 = z) over (B, C, H, W): Bernoulli for grey images, LogisticMixture for colour.
-
-        x is in [0, 1]: 0 or 1 for grey images, the 8-bit values divided by 255 for colour.
-        """
-        raw, depth = self.to_pixels(F.relu(self.decoder[0](z))), self.config.image[0]
-        if depth > 1:
-            return LogisticMixture(raw, depth, self.config.patch)
-        logits = full_precision(F.pixel_shuffle(raw, self.config.patch))
-        return Independent(Bernoulli(logits=logits, validate_args=False), 3, validate_args=False)
+        """p(x | z_1 = z) over (B, C, H, W)."""
+        return self.pixels(self.decoder[0](z))
 
     def decode(self, starts: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
         """p(x | z_l) along the skip path of every start, all paths in one descent.
@@ -498,25 +396,14 @@ class Hierarchy(nn.Module):
             raise ValueError("decode: every start is None")
         return self.likelihood(rows)
 
-    def sample(self, n: int) -> Distribution:
-        """p(x | z_1) for n ancestral samples from the prior."""
-        top = self.prior(self.levels - 1).expand((n,)).sample()
-        return self.decode([None] * (self.levels - 1) + [top], skip="sample")
-
-    def infer(self, x: Tensor, sample: bool = True) -> Inference:
-        """Posteriors, priors and latents of x (B, C, H, W) with values in [0, 1].
-
-        Latents are reparameterised samples; with `sample=False` they are the posterior means,
-        each given the means of the levels it is conditioned on: the representation of x.
-        """
-        raise NotImplementedError
-
-
-def through(prior: Independent, skip: str) -> Tensor:
-    """What a skip path takes from a prior on its way down: the mean, or one sample."""
-    if skip not in ("mean", "sample"):
-        raise ValueError(f"unknown skip {skip!r}: choose mean or sample")
-    return prior.mean if skip == "mean" else prior.rsample()
+    def generate(self, latents: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
+        """See Network. Being Markov, it is the skip path of the lowest level given."""
+        lowest = next((level for level, z in enumerate(latents) if z is not None), None)
+        if lowest is None:
+            raise ValueError("generate: every latent is None")
+        return self.decode(
+            [z if level == lowest else None for level, z in enumerate(latents)], skip
+        )
 
 
 class HVAE(Hierarchy):
@@ -577,3 +464,125 @@ class LVAE(Hierarchy):
             priors.append(prior)
             latents.append(z)
         return Inference(posteriors[::-1], priors[::-1], latents[::-1])
+
+
+# --------------------------------------------------------------------------------------------------
+# Baselines that are no Markov hierarchies
+
+
+class BIVA(Network):
+    """Bidirectional inference (Maaløe et al. 2019): every level but the top has two latents, z_l =
+    (z_l^BU, z_l^TD), held in one tensor, first the one and then the other.
+
+    p(x, z) = p(x|z_1..z_L) prod p(z_l^BU|z_>l) p(z_l^TD|z_>l) p(z_L)
+    q(z|x) = q(z_L|x, z_<L^BU) prod q(z_l^BU|x, z_<l^BU) q(z_l^TD|x, z_<l^BU, z_>l)
+
+    Deterministic features that go up past the z^BU carry x and all of these below, deterministic
+    features that go down past the z_l carry all latents above: its skip connections. So no level
+    reaches x alone, and reinforcement learning's skip paths are not defined.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        channels, shapes, sizes = config.channels, self.latent_shapes, self.sizes[1:]
+        self.latent_shapes = [(2 * d, *maps) for d, *maps in shapes[:-1]] + shapes[-1:]
+        # Upwards, for q(z_l^BU) and q(z_L).
+        self.up_heads = nn.ModuleList(
+            ToGaussian(channels, size, shape) for size, shape in zip(sizes, shapes, strict=True)
+        )
+        self.up_embed, self.up_merge = nn.ModuleList(), nn.ModuleList()  # z_l^BU into the features
+        # Downwards: z_l into the features, these to the level below, p(z_l) and q(z_l^TD) of them.
+        self.down_embed, self.down_merge = nn.ModuleList(), nn.ModuleList()
+        self.decoder, self.prior_heads = nn.ModuleList(), nn.ModuleList()
+        self.posterior_merge, self.down_heads = nn.ModuleList(), nn.ModuleList()
+        for level, kernel in enumerate(config.kernels):
+            size, shape, both = sizes[level], shapes[level], self.latent_shapes[level]
+            self.down_embed.append(FromLatent(both, channels, size))
+            self.decoder.append(nn.Sequential(*self.going_down(level)))
+            if level < self.levels - 1:
+                self.up_embed.append(FromLatent(shape, channels, size))
+                self.up_merge.append(Merge(channels, kernel))
+                self.down_merge.append(Merge(channels, kernel))
+                self.prior_heads.append(ToGaussian(channels, size, both))
+                self.posterior_merge.append(Merge(channels, kernel))
+                self.down_heads.append(ToGaussian(channels, size, shape))
+
+    def down(self, level: int, features: Tensor | None, z: Tensor) -> Tensor:
+        """Features of all levels above `level`, and z_l, to the features at the level below."""
+        h = self.down_embed[level](z)
+        if features is not None:
+            h = self.down_merge[level](features, h)
+        return self.decoder[level](h)
+
+    def infer(self, x: Tensor, sample: bool = True) -> Inference:
+        h = self.stem(x)
+        of_x, up, z_up = [], [], []
+        for level in range(self.levels):
+            if level > 0:
+                h = self.up_merge[level - 1](h, self.up_embed[level - 1](z_up[-1]))
+            h = self.encoder[level](h)
+            of_x.append(h)
+            up.append(self.up_heads[level](h))
+            z_up.append(up[-1].rsample() if sample else up[-1].mean)
+
+        posteriors, priors, latents, above = [up[-1]], [self.top_prior()], [z_up[-1]], None
+        for level in reversed(range(self.levels - 1)):
+            above = self.down(level + 1, above, latents[-1])
+            down = self.down_heads[level](self.posterior_merge[level](of_x[level], above))
+            z_down = down.rsample() if sample else down.mean
+            mean, scale = (
+                torch.cat([getattr(q.base_dist, name) for q in (up[level], down)], dim=1)
+                for name in ("loc", "scale")
+            )
+            posteriors.append(gaussian(mean, scale))
+            priors.append(self.prior_heads[level](above))
+            latents.append(torch.cat([z_up[level], z_down], dim=1))
+        pixels = self.pixels(self.down(0, above, latents[-1]))
+        return Inference(posteriors[::-1], priors[::-1], latents[::-1], pixels)
+
+    def generate(self, latents: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
+        if latents[-1] is None:
+            raise ValueError("generate: the top latent is None")
+        above = None
+        for level in reversed(range(self.levels)):
+            z = latents[level]
+            if z is None:
+                z = through(self.prior_heads[level](above), skip)
+            above = self.down(level, above, z)
+        return self.pixels(above)
+
+
+class AAE(Hierarchy):
+    """Adversarial autoencoder (Makhzani et al. 2015): one level, whose posteriors together a
+    discriminator keeps at the prior, instead of the KL each of them.
+
+    q(z|x) is Gaussian, the second of the three encoders of that paper, so that KL, ELBO and mutual
+    information are defined of it as of the others, though nothing trains the first two.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.order = (0,)
+        self.head = ToGaussian(config.channels, self.sizes[1], self.latent_shapes[0])
+        width = 256
+        self.discriminator = nn.Sequential(  # z to the log odds that it is of the prior
+            nn.Flatten(),
+            nn.Linear(math.prod(self.latent_shapes[0]), width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width, width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width, 1),
+            nn.Flatten(0),
+        )
+
+    def phases(self) -> list[list[nn.Parameter]]:
+        """What each of its three losses moves, in their order in rewards.py: the autoencoder, the
+        discriminator, the encoder."""
+        encoder = [p for part in (self.stem, self.encoder, self.head) for p in part.parameters()]
+        decoder = [p for part in (self.decoder, self.to_pixels) for p in part.parameters()]
+        return [encoder + decoder, list(self.discriminator.parameters()), encoder]
+
+    def infer(self, x: Tensor, sample: bool = True) -> Inference:
+        posterior = self.head(self.features(x)[-1])
+        z = posterior.rsample() if sample else posterior.mean
+        return Inference([posterior], [self.top_prior()], [z])

@@ -1,10 +1,12 @@
-"""Objectives for hierarchical VAEs: the ELBO, and the skip-generative reward with its Q-value.
+"""Objectives for hierarchical VAEs: the ELBO, the skip-generative reward with its Q-value, and
+those of the baselines.
 
     An, Li, et al.: Improving Unsupervised Hierarchical Representation with Reinforcement Learning,
     CVPR 2024. Equation numbers are the paper's.
 
-A model is anything with `levels`, `order`, `infer(x)`, `decode(starts, skip)` as models.py
-describes them; nothing here asks which architecture it is. Steps t count from 0 in the order of
+A model is anything with `levels`, `infer(x)` and `generate(latents)` as models.py describes them,
+and for what has skip paths `order` and `decode(starts, skip)`; nothing here asks which architecture
+it is. Steps t count from 0 in the order of
 inference: step t infers level order[t]. Values are per image, in nats, to be maximised; the
 `*_loss` functions give what an optimiser minimises.
 """
@@ -13,6 +15,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -37,6 +40,12 @@ def weigh_kl(kl: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
     if free_bits > 0:
         kl = torch.where(kl.mean(dim=1, keepdim=True) < free_bits, free_bits, kl)
     return beta * kl
+
+
+def reconstruction(model, x: Tensor, inference) -> Tensor:
+    """(B,): log p(x|z) given all latents inferred."""
+    pixels = inference.pixels
+    return (model.generate(inference.latents) if pixels is None else pixels).log_prob(x)
 
 
 def skip_log_likelihood(model, x: Tensor, inference, rows: list, skip: str = "mean") -> Tensor:
@@ -96,10 +105,8 @@ def path_weights(steps: int, gamma: float) -> list[float]:
 def elbo(model, x: Tensor, **kl_terms) -> tuple[Tensor, Tensor]:
     """(B,) evidence lower bound (Eq. 5 and 6) with one sample, and the KL of each level (L, B)."""
     inference = model.infer(x)
-    rows = [slice(None)] + [None] * (model.levels - 1)
     kl = level_kl(inference)
-    log_px = skip_log_likelihood(model, x, inference, rows)
-    return log_px - weigh_kl(kl, **kl_terms).sum(dim=0), kl
+    return reconstruction(model, x, inference) - weigh_kl(kl, **kl_terms).sum(dim=0), kl
 
 
 def elbo_loss(model, x: Tensor, **kl_terms) -> Loss:
@@ -139,6 +146,25 @@ def path_counts(images: int, weights: list[float]) -> list[int]:
     return counts
 
 
+def sampled_log_likelihood(
+    model, x: Tensor, inference, weights: list[float], skip: str, permutation: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """One skip path an image: for each step the images that take its path, n_i of them in
+    proportion to the step's weight, and their log p(x|z^i), (n_i,).
+
+    The batch is shuffled by `permutation`, drawn if None, so that every image has the same chance
+    n_i / B of each path: w_i times the mean over the n_i is an unbiased estimate of w_i times the
+    mean over the batch. Fixed counts keep every shape fixed.
+    """
+    if permutation is None:
+        permutation = torch.randperm(len(x), device=x.device)
+    rows_of_step = permutation.split(path_counts(len(x), weights))
+    step_of_level = {level: step for step, level in enumerate(model.order)}
+    rows = [rows_of_step[step_of_level[level]] for level in range(model.levels)]
+    log_px = skip_log_likelihood(model, x, inference, rows, skip).split([len(r) for r in rows])
+    return [(rows[level], log_px[level]) for level in model.order]
+
+
 def sampled_loss(
     model,
     x: Tensor,
@@ -149,32 +175,81 @@ def sampled_loss(
 ) -> Loss:
     """An unbiased estimate of `joint_loss` at about the price of the ELBO: one path an image.
 
-    The batch is shuffled (by `permutation`, drawn if None) and divided among the steps: n_i of B
-    images take step i's path, n_i nearly B w_i / W, and their rewards count w_i B / n_i. So every
-    image has the same chance n_i / B of each path, and the expectation of its term is
-    sum_i w_i r_i. Fixed counts keep every shape fixed. A batch smaller than the number of levels
-    takes all paths.
+    A batch smaller than the number of levels takes all paths.
     """
-    images, steps = len(x), model.levels
-    if images < steps:
+    if len(x) < model.levels:
         return joint_loss(model, x, gamma, skip, **kl_terms)
-    weights = path_weights(steps, gamma)
-    counts = path_counts(images, weights)
-    if permutation is None:
-        permutation = torch.randperm(images, device=x.device)
-    rows_of_step = permutation.split(counts)
+    weights = path_weights(model.levels, gamma)
     inference = model.infer(x)
-    step_of_level = {level: step for step, level in enumerate(model.order)}
-    rows = [rows_of_step[step_of_level[level]] for level in range(model.levels)]
-    log_px = skip_log_likelihood(model, x, inference, rows, skip)
+    paths = sampled_log_likelihood(model, x, inference, weights, skip, permutation)
     kl = level_kl(inference)
     kl_until = weigh_kl(kl, **kl_terms)[list(model.order)].cumsum(dim=0)  # (T, B) sum_{s<=t} KL_s
-    total = 0.0
-    for level, level_log_px in enumerate(log_px.split([len(r) for r in rows])):
-        step = step_of_level[level]
-        reward = level_log_px - kl_until[step, rows[level]]
-        total = total + weights[step] * reward.mean()  # mean: w_i B/n_i, over B images
+    total = sum(
+        weight * (log_px - kl_until[step, rows]).mean()
+        for step, (weight, (rows, log_px)) in enumerate(zip(weights, paths, strict=True))
+    )
     return Loss(-total, kl.detach().mean(dim=1))
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses of the baselines
+
+
+def ivae_loss(
+    model,
+    x: Tensor,
+    skip: str = "mean",
+    sampled: bool = False,
+    permutation: Tensor | None = None,
+    **kl_terms,
+) -> Loss:
+    """Informative hierarchical VAE (Li et al. 2022), Eq. 39: the ELBO whose reconstruction is the
+    mean of log p(x|z_l) over the skip paths of all levels.
+
+    `sampled` estimates that mean as `sampled_loss` does, by one path an image, unbiased.
+    """
+    inference = model.infer(x)
+    kl = level_kl(inference)
+    if sampled and len(x) >= model.levels:
+        even = [1 / model.levels] * model.levels
+        paths = sampled_log_likelihood(model, x, inference, even, skip, permutation)
+        log_px = sum(log_px.mean() for _, log_px in paths) / model.levels
+    else:
+        every = [slice(None)] * model.levels
+        log_px = skip_log_likelihood(model, x, inference, every, skip).mean()
+    return Loss(weigh_kl(kl, **kl_terms).sum(dim=0).mean() - log_px, kl.detach().mean(dim=1))
+
+
+# The adversarial autoencoder's three phases (Makhzani et al. 2015); `phases` of the model says what
+# each moves. The KL has no part in them and is only reported.
+
+
+def reconstruction_loss(model, x: Tensor, **kl_terms) -> Loss:
+    """-log p(x|z), for encoder and decoder."""
+    inference = model.infer(x)
+    value = -reconstruction(model, x, inference).mean()
+    return Loss(value, level_kl(inference).detach().mean(dim=1))
+
+
+def discriminator_loss(model, x: Tensor, **kl_terms) -> Loss:
+    """-log D(z of the prior) - log(1 - D(z of x)), for the discriminator D."""
+    inference = model.infer(x)
+    z, prior = inference.latents[-1].detach(), inference.priors[-1].expand((len(x),)).sample()
+    value = F.softplus(-odds(model, prior)).mean() + F.softplus(odds(model, z)).mean()
+    return Loss(value, level_kl(inference).detach().mean(dim=1))
+
+
+def confusion_loss(model, x: Tensor, **kl_terms) -> Loss:
+    """-log D(z of x), for the encoder: its z shall pass for the prior's."""
+    inference = model.infer(x)
+    value = F.softplus(-odds(model, inference.latents[-1])).mean()
+    return Loss(value, level_kl(inference).detach().mean(dim=1))
+
+
+def odds(model, z: Tensor) -> Tensor:
+    """(B,): log D(z) / (1 - D(z)), never below float32."""
+    log_odds = model.discriminator(z)
+    return log_odds.float() if log_odds.dtype in (torch.bfloat16, torch.float16) else log_odds
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,9 +269,8 @@ def importance_weighted_bound(model, x: Tensor, samples: int, at_once: int = 102
     for done in range(0, samples, per_pass):
         k = min(per_pass, samples - done)
         repeated = x.repeat(k, *[1] * (x.dim() - 1))
-        posteriors, priors, latents = inference = model.infer(repeated)
-        rows = [slice(None)] + [None] * (model.levels - 1)
-        log_w = skip_log_likelihood(model, repeated, inference, rows)
+        posteriors, priors, latents, _ = inference = model.infer(repeated)
+        log_w = reconstruction(model, repeated, inference)
         for q, p, z in zip(posteriors, priors, latents, strict=True):
             log_w = log_w + p.log_prob(z) - q.log_prob(z)
         log_weights.append(log_w.view(k, len(x)))

@@ -36,6 +36,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 import data
 import evaluate
+import likelihoods
 import mine
 import models
 import rewards
@@ -57,7 +58,7 @@ def tiny(arch: str, levels: int, dtype: torch.dtype = torch.float64) -> models.H
         arch=arch,
         image=(1, 8, 8),
         latents=LATENTS[levels],
-        channels=4,
+        channels=6,  # with fewer, a chance initialisation leaves a path with no unit alive
         kernels=(3,) * levels,
         strides=(1, 2, 1, 2, 1)[:levels],
         blocks=1,
@@ -107,7 +108,7 @@ def test_every_number_of_levels(arch, levels):
     expected = tuple(reversed(rule[:levels])) if levels != 5 else ("8c", "64", "32", "16", "8")
     assert config.latents == expected
     model = models.build(config)
-    posteriors, priors, latents = model.infer(images(2, 28, torch.float32))
+    posteriors, priors, latents, _ = model.infer(images(2, 28, torch.float32))
     assert len(posteriors) == len(priors) == len(latents) == model.levels == levels
     for level, z in enumerate(latents):
         assert z.shape == (2, *model.latent_shapes[level]) == posteriors[level].mean.shape
@@ -185,7 +186,7 @@ def test_markov_given_a_level_nothing_above_reaches_the_pixels(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_priors_of_inference_are_those_given_the_sample_above(arch):
     model, x = tiny(arch, 5), images(3)
-    _, priors, latents = model.infer(x)
+    _, priors, latents, _ = model.infer(x)
     for level in range(4):
         expected = model.prior(level, latents[level + 1])
         assert_same(priors[level].mean, expected.mean)
@@ -215,7 +216,7 @@ def test_one_descent_equals_paths_one_by_one(arch, skip, fixed_noise):
 def test_representation_is_the_mean_given_means(monkeypatch):
     for arch in ARCHS:
         model, x = tiny(arch, 3), images(4)
-        posteriors, _, latents = model.infer(x, sample=False)
+        posteriors, _, latents, _ = model.infer(x, sample=False)
         for q, z in zip(posteriors, latents, strict=True):
             assert torch.equal(q.mean, z)
         again = infer_given(model, x, latents, monkeypatch)
@@ -244,6 +245,121 @@ def test_samples_of_the_prior(arch):
     assert_same(model.sample(7).mean, model.likelihood(by_hand).mean)
 
 
+def moves(value: torch.Tensor, inputs: list[torch.Tensor]) -> list[bool]:
+    """Which of the inputs a value depends on."""
+    by_input = torch.autograd.grad(value.sum(), inputs, allow_unused=True, retain_graph=True)
+    return [g is not None and bool(g.abs().max() > 1e-7) for g in by_input]
+
+
+def halves(q: Independent) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Mean and scale of z^BU, and of z^TD."""
+    normal = q.base_dist
+    pairs = zip(normal.loc.chunk(2, dim=1), normal.scale.chunk(2, dim=1), strict=True)
+    return list(pairs)
+
+
+def test_biva_is_conditioned_as_it_says(monkeypatch):
+    """q(z_l^BU|x, z_<l^BU), q(z_L|x, z_<L^BU), q(z_l^TD|x, z_<l^BU, z_>l), and p(z_l|z_>l): which
+    samples move which distributions, and no others."""
+    model, x = tiny("biva", 5), images(3).requires_grad_()
+    shapes = [(s[0] // 2, *s[1:]) for s in model.latent_shapes[:-1]] + [model.latent_shapes[-1]]
+    up = [torch.randn(3, *s, dtype=torch.float64).requires_grad_() for s in shapes]  # up[4]: z_L
+    down = [torch.randn(3, *s, dtype=torch.float64).requires_grad_() for s in shapes[:-1]]
+    queue = [*up, *reversed(down)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Independent, "rsample", lambda self, shape=(): queue.pop(0))
+        posteriors, priors, latents, pixels = model.infer(x)
+    assert queue == []
+    inputs = [x, *up, *down]
+    for level in range(5):
+        below = [k < level for k in range(5)]  # of up
+        above = [k > level for k in range(5)]
+        if level == 4:
+            assert torch.equal(latents[4], up[4])
+            for parameter in (posteriors[4].base_dist.loc, posteriors[4].base_dist.scale):
+                assert moves(parameter, inputs) == [True, *below, *[False] * 4]
+            continue
+        assert torch.equal(latents[level], torch.cat([up[level], down[level]], dim=1))
+        of_up, of_down = halves(posteriors[level])
+        for parameter in of_up:
+            assert moves(parameter, inputs) == [True, *below, *[False] * 4]
+        for parameter in of_down:
+            either = [b or a for b, a in zip(below, above, strict=True)]
+            assert moves(parameter, inputs) == [True, *either, *above[:4]]
+        for half in halves(priors[level]):
+            for parameter in half:
+                assert moves(parameter, inputs) == [False, *above, *above[:4]]
+    assert moves(pixels.mean, inputs) == [False, *[True] * 9]
+
+
+def test_biva_generates_what_it_infers(fixed_noise):
+    """p(x|z) from the latents alone, and lower levels from their priors, level by level."""
+    model, x = tiny("biva", 3), images(4)
+    _, priors, z, pixels = model.infer(x)
+    assert model.latent_shapes == [(4, 4, 4), (8,), (3,)]
+    assert_same(model.generate(z).mean, pixels.mean)
+    for skip in ("mean", "sample"):
+        middle = model.infer(x).priors[1]  # p(z_2|z_3) at the same z_3, whatever lies below
+        assert_same(middle.mean, priors[1].mean)
+        z_2 = middle.mean if skip == "mean" else middle.rsample()
+        assert_same(model.generate([z[0], None, z[2]], skip).mean,
+                    model.generate([z[0], z_2, z[2]]).mean)  # fmt: skip
+        assert (model.generate([None, *z[1:]], skip).mean - pixels.mean).abs().max() > 1e-6
+    assert model.sample(5).mean.shape == (5, 1, 8, 8)
+    with pytest.raises(ValueError, match="top latent is None"):
+        model.generate([*z[:2], None])
+    with pytest.raises(ValueError, match="unknown skip"):
+        model.generate([None, *z[1:]], "median")
+
+
+def test_biva_elbo_is_the_literal_one():
+    """log p(x|z) less the KL of each of its 2L - 1 latents, one by one; all parameters learn."""
+    model, x = tiny("biva", 3), images(4)
+    torch.manual_seed(4)
+    value, kl = rewards.elbo(model, x)
+    torch.manual_seed(4)
+    posteriors, priors, z, _ = model.infer(x)
+    p = model.generate(z).mean
+    literal = (x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1)
+    for level in range(3):
+        of_level = 0
+        q, r = posteriors[level], priors[level]
+        for (a, b), (mean, scale) in zip(
+            halves(q) if level < 2 else [(q.base_dist.loc, q.base_dist.scale)],
+            halves(r) if level < 2 else [(r.base_dist.loc, r.base_dist.scale)],
+            strict=True,
+        ):
+            d = torch.log(scale / b) + (b**2 + (a - mean) ** 2) / (2 * scale**2) - 0.5
+            of_level = of_level + d.flatten(1).sum(1)
+        assert_same(kl[level], of_level)
+        literal = literal - of_level
+    assert_same(value, literal)
+    for (name, _), g in zip(model.named_parameters(), gradients(value.sum(), model), strict=True):
+        assert g.abs().max() > 0, name
+
+
+def test_generate_is_the_skip_path_of_the_lowest_level_given():
+    for arch in ARCHS:
+        model = tiny(arch, 3)
+        z = model.infer(images(2)).latents
+        for level in range(3):
+            alone = [z[k] if k == level else None for k in range(3)]
+            path = model.decode(alone).mean
+            assert_same(model.generate([None] * level + z[level:]).mean, path)
+        with pytest.raises(ValueError, match="every latent is None"):
+            model.generate([None] * 3)
+
+
+@pytest.mark.parametrize("arch", ["biva", "aae"])
+def test_representation_of_the_baselines_is_the_mean_given_means(arch):
+    model, x = tiny(arch, 3 if arch == "biva" else 1), images(4)
+    inference = model.infer(x, sample=False)
+    for q, z in zip(inference.posteriors, inference.latents, strict=True):
+        assert torch.equal(q.mean, z)
+    assert torch.equal(inference.latents[0], model.infer(x, sample=False).latents[0])
+    assert not torch.equal(inference.latents[0], model.infer(x).latents[0])
+
+
 def test_half_precision_never_reaches_likelihoods():
     model = tiny("lvae", 3, torch.float32)
     x = images(4, dtype=torch.float32)
@@ -266,9 +382,9 @@ def mixture(
     n: int = 3,
     spread: float = 1.0,
     dtype: torch.dtype = torch.float64,
-) -> models.LogisticMixture:
-    raw = torch.randn(n, models.LogisticMixture.parameters(channels), side, side, dtype=dtype)
-    return models.LogisticMixture(raw * spread, channels, values=values)
+) -> likelihoods.LogisticMixture:
+    raw = torch.randn(n, likelihoods.LogisticMixture.parameters(channels), side, side, dtype=dtype)
+    return likelihoods.LogisticMixture(raw * spread, channels, values=values)
 
 
 def eight_bit(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -308,13 +424,13 @@ def literal_mixture_log_prob(raw, x, values=256):
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_logistic_mixture_equals_the_literal_one(channels):
-    assert models.LogisticMixture.parameters(3) == 100
+    assert likelihoods.LogisticMixture.parameters(3) == 100
     p, x = mixture(channels), eight_bit(3, channels, 2, 2)
     x[0, :, 0, 0], x[1, :, 0, 0] = 0, 1  # the open bins at both ends
     x[2, 0, 1, 1], x[2, -1, 1, 1] = 0, 1
     expected = [literal_mixture_log_prob(a, b) for a, b in zip(p.raw, x, strict=True)]
     assert_same(p.log_prob(x), torch.tensor(expected, dtype=torch.float64))
-    single = models.LogisticMixture(p.raw.float(), channels).log_prob(x.float())
+    single = likelihoods.LogisticMixture(p.raw.float(), channels).log_prob(x.float())
     torch.testing.assert_close(single.double(), torch.tensor(expected).double(), rtol=1e-5, atol=0)
 
 
@@ -322,7 +438,7 @@ def test_logistic_mixture_equals_the_literal_one(channels):
 def test_probabilities_of_all_values_of_a_channel_sum_to_one(spread):
     p = mixture(1, side=4, n=1, spread=spread, dtype=torch.float32)
     every = torch.arange(256.0).view(256, 1, 1, 1).expand(-1, 1, 4, 4) / 255
-    one_pixel = models.LogisticMixture(p.raw.view(1, -1, 16).mT.reshape(16, -1, 1, 1), 1)
+    one_pixel = likelihoods.LogisticMixture(p.raw.view(1, -1, 16).mT.reshape(16, -1, 1, 1), 1)
     total = torch.stack([one_pixel.log_prob(v.view(16, 1, 1, 1)) for v in every]).exp().sum(0)
     torch.testing.assert_close(total, torch.ones(16), rtol=0, atol=1e-4)
     # And of the last channel of three, whatever the two before it are.
@@ -334,7 +450,7 @@ def test_probabilities_of_all_values_of_a_channel_sum_to_one(spread):
     pairs = range(2)  # the two channels alone: the same parameters without the third's
     keep = [*range(10), *(10 + 3 * k + c for k in range(10) for c in pairs)]
     keep += [*(40 + 3 * k + c for k in range(10) for c in pairs), *range(70, 100, 3)]
-    alone = models.LogisticMixture(p.raw[:, keep], 2).log_prob(first_two)
+    alone = likelihoods.LogisticMixture(p.raw[:, keep], 2).log_prob(first_two)
     torch.testing.assert_close(joint.logsumexp(0), alone, rtol=1e-4, atol=1e-4)
 
 
@@ -354,11 +470,11 @@ def test_likelihood_and_gradient_are_finite_whatever_the_parameters(size, dtype)
     raw = (torch.randn(40, 100, 2, 2) * size).to(dtype).requires_grad_()
     x = eight_bit(40, 3, 2, 2, dtype=torch.float32)
     x[::3], x[1::3] = 0, 1
-    value = models.LogisticMixture(raw, 3).log_prob(x)
+    value = likelihoods.LogisticMixture(raw, 3).log_prob(x)
     value.sum().backward()
     assert value.dtype == torch.float32 and value.isfinite().all() and raw.grad.isfinite().all()
     assert raw.grad.abs().max() > 0
-    p = models.LogisticMixture(raw.detach(), 3)
+    p = likelihoods.LogisticMixture(raw.detach(), 3)
     for picture in (p.mean, p.sample()):
         assert picture.isfinite().all() and picture.min() >= 0 and picture.max() <= 1 + 1e-6
 
@@ -370,18 +486,18 @@ def test_gradient_of_the_mixture_against_finite_differences_and_autograd():
     found = {}
     for chunk in (1, 8, 100):  # 1, 2 and all 5 images at once
         raw = p.raw.clone().requires_grad_()
-        q = models.LogisticMixture(raw, 3)
+        q = likelihoods.LogisticMixture(raw, 3)
         q.CHUNK = chunk
         (q.log_prob(x) * weight).sum().backward()
         found[chunk] = raw.grad
     raw = p.raw.clone().requires_grad_()
     x_flat = x.view(5, 3, -1)
-    (models.LogisticMixture(raw, 3)._log_prob(raw, x_flat) * weight).sum().backward()
+    (likelihoods.LogisticMixture(raw, 3)._log_prob(raw, x_flat) * weight).sum().backward()
     for gradient in found.values():
         assert_same(gradient, raw.grad)
     step, direction = 1e-6, torch.randn_like(p.raw)
     ahead, behind = (
-        (models.LogisticMixture(p.raw + s * direction, 3).log_prob(x) * weight).sum()
+        (likelihoods.LogisticMixture(p.raw + s * direction, 3).log_prob(x) * weight).sum()
         for s in (step, -step)
     )
     assert (raw.grad * direction).sum().item() == pytest.approx(
@@ -391,8 +507,8 @@ def test_gradient_of_the_mixture_against_finite_differences_and_autograd():
 
 def test_mixture_over_patches_is_the_mixture_over_shuffled_pixels():
     raw, x = torch.randn(2, 100 * 4, 3, 3, dtype=torch.float64), eight_bit(2, 3, 6, 6)
-    in_patches = models.LogisticMixture(raw, 3, patch=2)
-    pixels = models.LogisticMixture(torch.nn.functional.pixel_shuffle(raw, 2), 3)
+    in_patches = likelihoods.LogisticMixture(raw, 3, patch=2)
+    pixels = likelihoods.LogisticMixture(torch.nn.functional.pixel_shuffle(raw, 2), 3)
     assert in_patches.event_shape == pixels.event_shape == (3, 6, 6)
     assert_same(in_patches.log_prob(x), pixels.log_prob(x))
     assert_same(in_patches.mean, pixels.mean)
@@ -404,7 +520,7 @@ def test_samples_have_the_probabilities():
     for channels, values, cells in [(3, 4, 64), (1, 256, 256)]:
         p = mixture(channels, values, side=1, n=1, dtype=torch.float32)
         n = 200_000
-        drawn = models.LogisticMixture(
+        drawn = likelihoods.LogisticMixture(
             p.raw.expand(n, -1, -1, -1), channels, values=values
         ).sample()
         v = (drawn * (values - 1)).flatten(1)
@@ -413,7 +529,9 @@ def test_samples_have_the_probabilities():
         counts = torch.bincount(index, minlength=cells).double()
         grid = torch.tensor(list(itertools.product(range(values), repeat=channels))).flip(1)
         x = (grid / (values - 1)).view(cells, channels, 1, 1)
-        log_p = models.LogisticMixture(p.raw.expand(cells, -1, -1, -1), channels, values=values)
+        log_p = likelihoods.LogisticMixture(
+            p.raw.expand(cells, -1, -1, -1), channels, values=values
+        )
         expected = n * log_p.log_prob(x).double().exp()
         seen = expected > 5
         chi2 = ((counts - expected).square() / expected)[seen].sum().item()
@@ -428,13 +546,29 @@ def test_mean_of_the_mixture():
     raw[:, 10:40] *= 0.2
     raw[:, 40:70] = -4  # narrow, well inside
     raw[:, 70:] *= 0.3
-    p = models.LogisticMixture(raw, 3)
+    p = likelihoods.LogisticMixture(raw, 3)
     by_sampling = torch.stack([p.sample() for _ in range(3000)]).mean(0)
     torch.testing.assert_close(p.mean, by_sampling, rtol=0, atol=0.02)
     edge = mixture(1, side=1, n=400, dtype=torch.float32)  # scales of 1: much beyond the bounds
     by_sampling = torch.stack([edge.sample() for _ in range(3000)]).mean(0)
     torch.testing.assert_close(edge.mean, by_sampling, rtol=0, atol=0.04)
     assert (edge.mean - by_sampling).mean().abs() < 0.002
+
+
+@pytest.mark.parametrize("arch", ["vae", "aae", "biva"])
+def test_baselines_of_colour_images(arch):
+    """The likelihood is the mixture, and the maps of two latents lie side by side."""
+    model = models.build(models.configure(arch, "small", (3, 32, 32), channels=4))
+    x = eight_bit(2, 3, 32, 32, dtype=torch.float32)
+    inference = model.infer(x)
+    assert isinstance(model.generate(inference.latents), likelihoods.LogisticMixture)
+    assert model.sample(2).sample().shape == x.shape
+    if arch == "biva":
+        assert model.latent_shapes == [(32, 8, 8), (16, 4, 4), (256,), (128,), (64,)]
+    else:
+        assert model.latent_shapes == [(64,)]
+    value = rewards.elbo_loss(model, x).value
+    assert value.isfinite() and all(g.isfinite().all() for g in gradients(value, model))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -460,7 +594,7 @@ def test_colour_hierarchies(arch):
         z = model.infer(x).latents
         raw = model.to_pixels(model.decoder[0](z[0]).relu())
         pixels = torch.nn.functional.pixel_shuffle(raw, 4)
-        expected = models.LogisticMixture(pixels, 3).log_prob(x)
+        expected = likelihoods.LogisticMixture(pixels, 3).log_prob(x)
         torch.testing.assert_close(model.likelihood(z[0]).log_prob(x), expected)
         assert model.sample(2).mean.shape == (2, 3, side, side)
 
@@ -483,7 +617,8 @@ def test_levels_of_colour_hierarchies():
 def test_colour_rewards_equal_the_paths_one_by_one(fixed_noise):
     config = models.Config("lvae", (3, 8, 8), LATENTS[3], 4, (3,) * 3, (1, 2, 1), 1, 2)
     model, x = models.build(config).double(), eight_bit(4, 3, 8, 8)
-    _, _, z = inference = model.infer(x)
+    inference = model.infer(x)
+    z = inference.latents
     for level, start in enumerate(z):
         row = start
         for below in reversed(range(level)):
@@ -503,7 +638,7 @@ def test_colour_rewards_equal_the_paths_one_by_one(fixed_noise):
 def literal_q_value(model, arch, x, step, gamma, skip):
     """Eq. 24 to 26 as they stand: one path after another, one KL after another."""
     levels = model.levels
-    posteriors, _, z = model.infer(x)
+    posteriors, _, z, _ = model.infer(x)
 
     def kl(level):
         q = posteriors[level].base_dist
@@ -617,6 +752,127 @@ def test_sampled_draws_anew_and_small_batches_take_every_path(fixed_noise):
     assert_same(sampled, rewards.joint_loss(model, x[:2], 0.9).value)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("levels", [1, 2, 5])
+@pytest.mark.parametrize("skip", ["mean", "sample"])
+def test_ivae_equals_the_literal_transcription(arch, levels, skip, fixed_noise):
+    """Eq. 39: 1/L sum_k log p(x|z_<=k), z_>k inferred and z_<=k of the priors, less the KLs."""
+    model, x = tiny(arch, levels), images(3)
+    posteriors, _, z, _ = model.infer(x)
+    literal = 0
+    for k in range(levels):
+        value = z[k]  # z_{k+1} in the paper's counting
+        for below in reversed(range(k)):
+            p = model.prior(below, value)
+            value = p.mean if skip == "mean" else p.rsample()
+        p = model.likelihood(value).mean
+        literal = literal + (x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1) / levels
+    for k in range(levels):
+        p = model.prior(k, z[k + 1] if k + 1 < levels else None)
+        literal = literal - kl_divergence(posteriors[k], p)
+    found = rewards.ivae_loss(model, x, skip)
+    assert_same(found.value, -literal.mean())
+    assert_same(gradients(found.value, model), gradients(-literal.mean(), model))
+    weighted = rewards.ivae_loss(model, x, skip, beta=0.25).value
+    assert_same(weighted, found.value - 0.75 * found.kl.sum())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("n, levels", [(3, 2), (4, 3), (3, 3)])
+def test_sampled_ivae_is_unbiased(arch, n, levels):
+    model, x = tiny(arch, levels), images(n)
+    values, grads = [], []
+    for permutation in itertools.permutations(range(n)):
+        torch.manual_seed(3)
+        loss = rewards.ivae_loss(model, x, sampled=True, permutation=torch.tensor(permutation))
+        values.append(loss.value)
+        grads.append(gradients(loss.value, model))
+    assert torch.stack(values).std() > 1e-3
+    torch.manual_seed(3)
+    whole = rewards.ivae_loss(model, x)
+    assert_same(torch.stack(values).mean(), whole.value)
+    mean = [torch.stack(g).mean(dim=0) for g in zip(*grads, strict=True)]
+    assert_same(mean, gradients(whole.value, model))
+    torch.manual_seed(3)
+    few = rewards.ivae_loss(model, x[: levels - 1], sampled=True).value  # fewer images than paths
+    torch.manual_seed(3)
+    assert_same(few, rewards.ivae_loss(model, x[: levels - 1]).value)
+
+
+AAE_LOSSES = (rewards.reconstruction_loss, rewards.discriminator_loss, rewards.confusion_loss)
+
+
+def test_adversarial_losses_by_hand(monkeypatch):
+    """With D(z) = sigmoid(w z + b), and samples of the prior that are known."""
+    model, x = tiny("aae", 1), images(4)
+    w, b = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64), 0.3
+    monkeypatch.setattr(rewards, "odds", lambda model, z: z @ w + b)
+    prior = torch.randn(4, 3, dtype=torch.float64)
+    monkeypatch.setattr(Independent, "sample", lambda self, shape=(): prior)
+
+    def at_same_noise(loss):
+        torch.manual_seed(8)
+        return loss(model, x)
+
+    torch.manual_seed(8)
+    z = model.infer(x).latents[0]
+
+    def d(values):
+        return 1 / (1 + torch.exp(-(values @ w + b)))
+
+    p = model.likelihood(z).mean
+    log_px = (x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1)
+    by_hand = [-log_px.mean(), -(d(prior).log() + (1 - d(z)).log()).mean(), -d(z).log().mean()]
+    for loss, expected in zip(AAE_LOSSES, by_hand, strict=True):
+        found = at_same_noise(loss)
+        assert_same(found.value, expected)
+        q = model.infer(x).posteriors[0].base_dist
+        kl = (-q.scale.log() + (q.scale**2 + q.loc**2) / 2 - 0.5).sum(1).mean()
+        assert_same(found.kl, kl.detach().view(1))
+
+
+def test_a_discriminator_that_knows_nothing_and_one_that_knows_all():
+    model, x = tiny("aae", 1), images(4)
+    for parameter in model.discriminator.parameters():
+        parameter.data.zero_()  # D = 1/2 everywhere
+    assert_same(rewards.discriminator_loss(model, x).value.item(), 2 * math.log(2))
+    assert_same(rewards.confusion_loss(model, x).value.item(), math.log(2))
+
+
+def test_each_phase_of_the_adversarial_autoencoder_moves_its_own_parameters():
+    run = train.Run(train.defaults({"arch": "aae", "channels": 4}), torch.device("cpu"))
+    model, x = run.model, images(6, 28, torch.float32)
+    parts = {
+        "encoder": [*model.stem.parameters(), *model.encoder.parameters(),
+                    *model.head.parameters()],
+        "decoder": [*model.decoder.parameters(), *model.to_pixels.parameters()],
+        "discriminator": list(model.discriminator.parameters()),
+    }  # fmt: skip
+    assert sum(map(len, parts.values())) == len(list(model.parameters()))
+    moved = []
+    assert run.losses == list(AAE_LOSSES)
+    for loss, optimizer in zip(run.losses, run.optimizers, strict=True):
+        before = {name: [p.clone() for p in of] for name, of in parts.items()}
+        optimizer.zero_grad()
+        loss(model, x).value.backward()
+        optimizer.step()
+        moved.append({name for name, of in parts.items()
+                      if any(not torch.equal(a, b)
+                             for a, b in zip(of, before[name], strict=True))})  # fmt: skip
+    assert moved == [{"encoder", "decoder"}, {"discriminator"}, {"encoder"}]
+    # The discriminator's step lowers its loss, the encoder's step raises D(z of x).
+    for loss, optimizer in list(zip(run.losses, run.optimizers, strict=True))[1:]:
+        values = []
+        for _ in range(30):
+            torch.manual_seed(1)
+            value = loss(model, x).value
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            values.append(value.item())
+        assert values[-1] < values[0] - 0.01
+
+
 def test_an_unknown_skip_is_refused():
     for levels in (1, 3):
         model, x = tiny("hvae", levels), images(2)
@@ -674,7 +930,7 @@ def test_elbo_is_the_reward_that_decodes_the_lowest_level_after_all(arch):
     torch.manual_seed(4)
     value, kl = rewards.elbo(model, x)
     torch.manual_seed(4)
-    posteriors, priors, z = model.infer(x)
+    posteriors, priors, z, _ = model.infer(x)
     p = model.likelihood(z[0]).mean
     log_px = (x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1)
     by_hand = sum(kl_divergence(q, r) for q, r in zip(posteriors, priors, strict=True))
@@ -766,9 +1022,8 @@ class LinearGaussian:
     def prior(self, level, above):
         return self.normal(self.b * above, self.c)
 
-    def decode(self, starts, skip="mean"):
-        assert starts[1] is None
-        return self.normal(self.a * starts[0], self.s)
+    def generate(self, latents, skip="mean"):
+        return self.normal(self.a * latents[0], self.s)
 
 
 def test_importance_weighted_bound_against_the_exact_likelihood():
@@ -796,7 +1051,7 @@ def test_importance_weighted_bound_of_the_hierarchies(arch):
         weights = []
         for samples in passes:
             repeated = x.repeat(samples, 1, 1, 1)
-            posteriors, priors, z = model.infer(repeated)
+            posteriors, priors, z, _ = model.infer(repeated)
             log_w = model.likelihood(z[0]).log_prob(repeated)
             for q, p, value in zip(posteriors, priors, z, strict=True):
                 log_w = log_w + p.log_prob(value) - q.log_prob(value)
@@ -828,8 +1083,8 @@ def test_bits_per_dimension_of_a_uniform_predictor():
             unit = Independent(Normal(torch.zeros(len(x), 2), 1.0), 1)
             return models.Inference([unit], [unit], [torch.zeros(len(x), 2)])
 
-        def decode(self, starts, skip="mean"):
-            n = len(starts[0])
+        def generate(self, latents, skip="mean"):
+            n = len(latents[0])
             logits = torch.zeros(n, 3, 8, 8, 256)
             values = torch.distributions.Categorical(logits=logits)
             return types.SimpleNamespace(
@@ -991,7 +1246,7 @@ def test_donsker_varadhan_with_the_true_density_ratio():
 
     def ratio(a, b):
         exponent = (rho**2 * (a**2 + b**2) - 2 * rho * a * b) / (2 * (1 - rho**2))
-        return (-0.5 * math.log(1 - rho**2) - exponent).squeeze(1)
+        return (-0.5 * math.log(1 - rho**2) - exponent).squeeze(-1)
 
     found = mine.donsker_varadhan(ratio, x, z, torch.Generator().manual_seed(0))
     assert found == pytest.approx(-0.5 * math.log(1 - rho**2), abs=0.02)
@@ -1002,7 +1257,7 @@ def test_mine_never_exceeds_its_ceiling():
     x = torch.randn(64, 3)
     generator = torch.Generator().manual_seed(0)
     for sharpness in (1.0, 100.0, 1e4):
-        bound = mine.donsker_varadhan(lambda a, b, s=sharpness: -s * (a - b).square().sum(1),
+        bound = mine.donsker_varadhan(lambda a, b, s=sharpness: -s * (a - b).square().sum(-1),
                                       x, x, generator)  # fmt: skip
         assert bound <= math.log(64) + 1e-6
     assert bound == pytest.approx(math.log(64), abs=0.01)
@@ -1850,17 +2105,26 @@ def metrics_of(folder) -> list[dict]:
 def assert_same_run(a, b) -> None:
     """Bit for bit the same parameters, optimiser, random state, sums and metrics."""
     one, two = state_of(a), state_of(b)
-    for key in ("model", "optimizer", "rng", "sums", "epoch", "batch", "update"):
+    for key in ("model", "optimizers", "rng", "sums", "epoch", "batch", "update"):
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
     assert metrics_of(a) == metrics_of(b)
 
 
-@pytest.mark.parametrize("objective", [[], ["--update", "stepwise"], ["--update", "joint"],
-                                       ["--update", "sampled", "--skip", "sample"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "objective",
+    [
+        [],
+        ["--rl", "--update", "stepwise"],
+        ["--rl", "--update", "joint"],
+        ["--rl", "--update", "sampled", "--skip", "sample"],
+        ["--ivae"],
+        ["--arch", "aae", "--latents", "4"],
+    ],
+)
 def test_resume_equals_uninterrupted(few, tmp_path, monkeypatch, capsys, objective):
     """Stopped in the middle of an epoch, at an epoch's end, and after the last epoch."""
     flags = [*TINY, "--epochs", "3", "--batch-size", "64", "--eval-every", "2", "--warmup", "2"]
-    flags += ["--rl", *objective] if objective else []
+    flags += objective
     train.main([*flags, "--out", str(tmp_path / "whole")])
     for at, stop_signal in [(3, signal.SIGINT), (7, signal.SIGTERM), (10, signal.SIGINT)]:
         out = str(tmp_path / f"parts{at}")
@@ -1990,6 +2254,16 @@ def test_settings_of_the_paper():
     assert train.kl_terms(baseline, 50.0) == {"beta": 0.25, "free_bits": 2.0}
     assert train.kl_terms(baseline, 400.0) == {"beta": 1.0, "free_bits": 0.0}
     assert train.defaults({"arch": "hvae", "rl": True})["out"] == "runs/digits-hvae-rl-0"
+    assert train.defaults({"arch": "hvae", "ivae": True})["out"] == "runs/digits-hvae-ivae-0"
+    # C.3: warm-up and free bits for what has no other help at its upper levels.
+    for arch, ivae, warmup, free_bits in (
+        ("hvae", False, 200, 2.0), ("lvae", False, 200, 2.0), ("biva", False, 200, 2.0),
+        ("hvae", True, 0, 0.0), ("lvae", True, 0, 0.0), ("vae", False, 0, 0.0),
+        ("aae", False, 0, 0.0),
+    ):  # fmt: skip
+        c = train.defaults({"size": "paper", "arch": arch, "ivae": ivae})
+        assert (c["epochs"], c["warmup"], c["free_bits"]) == (1000, warmup, free_bits)
+    assert train.defaults({"size": "paper", "ivae": True})["update"] == "joint"
 
 
 def test_stepwise_makes_one_update_a_level():
@@ -1998,6 +2272,11 @@ def test_stepwise_makes_one_update_a_level():
     assert [s.keywords["step"] for s in steps] == [0, 1, 2, 3, 4]
     assert all(s.func is rewards.stepwise_loss and s.keywords["gamma"] == 0.9 for s in steps)
     assert train.objectives(train.defaults({}), 5) == [rewards.elbo_loss]
+    (ivae,) = train.objectives(train.defaults({"ivae": True, "skip": "sample"}), 5)
+    assert ivae.func is rewards.ivae_loss
+    assert ivae.keywords == {"skip": "sample", "sampled": True}
+    (ivae,) = train.objectives(train.defaults({"ivae": True, "update": "joint"}), 5)
+    assert not ivae.keywords["sampled"]
 
 
 TRAIN_MISTAKES = [
@@ -2007,7 +2286,13 @@ TRAIN_MISTAKES = [
     (["--levels", "0"], "0 levels: a hierarchy has 1 to 10"),
     (["--levels", "11"], "11 levels"),
     (["--levels", "-3"], "levels"),
-    (["--arch", "vae", "--levels", "3"], "a vae has one level"),
+    (["--arch", "vae", "--levels", "3"], "vae has one level, not 3"),
+    (["--arch", "aae", "--latents", "8,4"], "aae has one level, not 2"),
+    (["--rl", "--ivae"], "two objectives: choose one"),
+    (["--rl", "--arch", "biva"], "--rl is not defined for biva, .*: use --arch hvae or lvae"),
+    (["--rl", "--arch", "aae"], "--rl is not defined for aae, .*: use --arch hvae or lvae"),
+    (["--ivae", "--arch", "biva"], "--ivae is not defined for biva"),
+    (["--ivae", "--update", "stepwise"], "stepwise is for --rl: --ivae takes joint or sampled"),
     (["--latents", "8x,4"], "latent '8x' is not understood"),
     (["--latents", "8,0"], "latent '0'"),
     (["--latents", "8,4", "--levels", "3"], "name 2 levels, not 3"),

@@ -7,6 +7,7 @@ python train.py --resume runs/mine
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -57,13 +58,17 @@ def parser() -> evaluate.Parser:
         "prints what it takes and keeps it in config.json.",
     )  # fmt: skip
     # fmt: off
-    p.add_argument("--arch", choices=("vae", "hvae", "lvae"),
-                   help="vae: one level; hvae: bottom-up; lvae: top-down inference (default lvae)")
+    p.add_argument("--arch", choices=models.ARCHS,
+                   help="hvae: bottom-up; lvae: top-down inference (default lvae); the baselines "
+                   "vae and aae (adversarial autoencoder): one level; biva: both ways")
     p.add_argument("--rl", action="store_true", help="maximise the Q-value instead of the ELBO")
+    p.add_argument("--ivae", action="store_true",
+                   help="or the objective of the informative hierarchical VAE (Eq. 39)")
     p.add_argument("--gamma", type=float, help="discount of later rewards, 0 to 1 (default 0.9)")
     p.add_argument("--update", choices=("stepwise", "joint", "sampled"),
                    help="with --rl: one step for each Q_t, inferring afresh (Algorithm 1); one for "
-                   "their sum; or one for an unbiased sample of the sum, one path an image")
+                   "their sum; or one for an unbiased sample of the sum, one path an image. "
+                   "--ivae has the last two")
     p.add_argument("--skip", choices=("mean", "sample"),
                    help="skip paths take the priors' means, or a sample of each (default mean)")
     p.add_argument("--dataset", choices=DATASETS, help="default digits, which is no download")
@@ -89,7 +94,8 @@ def parser() -> evaluate.Parser:
     p.add_argument("--free-bits", type=float, help="nats of each level's KL that cost nothing")
     p.add_argument("--free-bits-epochs", type=int, help="epochs of free bits (default: all)")
     p.add_argument("--seed", type=int, help="of initialisation, batches and noise (default 0)")
-    p.add_argument("--out", help="the run's folder (default runs/<dataset>-<arch>[-rl]-<seed>)")
+    p.add_argument("--out",
+                   help="the run's folder (default runs/<dataset>-<arch>[-rl|-ivae]-<seed>)")
     p.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     p.add_argument("--resume", nargs="?", const=True, metavar="RUN",
                    help="go on with RUN (or --out) from its checkpoint; --epochs may be raised")
@@ -117,29 +123,33 @@ MAY_CHANGE = {
 def defaults(given: dict) -> dict:
     """A full configuration: the flags given, the rest by --size, --dataset and --rl."""
     config = dict(
-        arch="lvae", rl=False, gamma=0.9, skip="mean", dataset="digits", data_dir="data",
-        image_size=None, unlabelled=False, device="auto", device_data="auto", size="small",
+        arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", dataset="digits",
+        data_dir="data", image_size=None, unlabelled=False, device="auto", device_data="auto",
+        size="small",
         latents=None, levels=None, channels=None, batch_size=128, warmup=0, free_bits=0.0,
         free_bits_epochs=None, seed=0, eval_every=0, save_every=60.0, dtype="auto",
     )  # fmt: skip
     config |= given
     if config["size"] == "paper":
         levels = len(network(config).latents)
-        config |= dict(lr=3e-4, update="stepwise", epochs=max(1, round(1000 / levels)))
+        config |= dict(lr=3e-4, update="stepwise" if config["rl"] else "joint", epochs=1000)
         if config["dataset"] == "tinyimagenet":
             config["batch_size"] = 64
-        if not config["rl"]:
-            config |= dict(epochs=1000, warmup=200, free_bits=2.0, free_bits_epochs=400)
+        if config["rl"]:
+            config["epochs"] = max(1, round(1000 / levels))
+        elif not config["ivae"] and config["arch"] not in models.ONE_LEVEL:
+            config |= dict(warmup=200, free_bits=2.0, free_bits_epochs=400)
     else:
         digits, colour = config["dataset"] == "digits", SHAPES[config["dataset"]][0] > 1
         config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 10 if colour else 20)
-        if config["rl"]:  # few images, or a decoder slow to listen: the KL would win before
+        if config["rl"] or config["ivae"]:  # few images, or a decoder slow to listen: KL would win
             config["warmup"] = 20 if digits else 1 if colour else 0
     config |= given
     if config["free_bits_epochs"] is None:
         config["free_bits_epochs"] = config["epochs"]
-    rl = "-rl" if config["rl"] else ""
-    return {"out": f"runs/{config['dataset']}-{config['arch']}{rl}-{config['seed']}"} | config
+    objective = "-rl" if config["rl"] else "-ivae" if config["ivae"] else ""
+    name = f"{config['dataset']}-{config['arch']}{objective}-{config['seed']}"
+    return {"out": f"runs/{name}"} | config
 
 
 def network(config: dict) -> models.Config:
@@ -152,7 +162,15 @@ def network(config: dict) -> models.Config:
 
 
 def check(config: dict) -> None:
-    """UserError for numbers that make no sense."""
+    """UserError for numbers that make no sense, and for objectives that are not defined."""
+    if config["rl"] and config["ivae"]:
+        raise UserError("--rl and --ivae are two objectives: choose one")
+    if (config["rl"] or config["ivae"]) and config["arch"] in ("aae", "biva"):
+        flag, arch = "--rl" if config["rl"] else "--ivae", config["arch"]
+        why = "it is trained by no ELBO" if arch == "aae" else "no level reaches x alone"
+        raise UserError(f"{flag} is not defined for {arch}, since {why}: use --arch hvae or lvae")
+    if config["ivae"] and config["update"] == "stepwise":
+        raise UserError("--update stepwise is for --rl: --ivae takes joint or sampled")
     if not 0 <= config["gamma"] <= 1:
         raise UserError(f"--gamma {config['gamma']}: a discount lies from 0 to 1")
     for key in ("epochs", "batch_size", "lr"):
@@ -178,12 +196,20 @@ class Run:
         self.config, self.device, self.folder = config, device, Path(config["out"])
         torch.manual_seed(config["seed"])
         self.model = models.build(network(config)).to(device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
+        aae = isinstance(self.model, models.AAE)
+        parts = self.model.phases() if aae else [list(self.model.parameters())]
+        self.optimizers = [
+            # An adversary's gradient turns with every step of its opponent: half the momentum.
+            torch.optim.Adam(p, lr=config["lr"], betas=(0.9 if i == 0 else 0.5, 0.999), fused=True)
+            for i, p in enumerate(parts)
+        ]
         self.epoch = self.batch = self.update = 0  # the batch to come; the updates made
         self.seconds = 0.0  # of training, evaluation left out
         self.metrics_bytes = 0  # of metrics.jsonl that belong to this state
-        # Since the epoch's start: the sum of the losses, the number of them, the sums of the KLs.
-        self.sums = torch.zeros(2 + self.model.levels, dtype=torch.float64, device=device)
+        self.losses = objectives(config, self.model.levels)
+        # Since the epoch's start: the number of batches, the sum of each loss, the sums of the KLs.
+        size = 1 + len(self.losses) + self.model.levels
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
 
     def save(self) -> None:
         """Writes beside and renames: whatever happens, the checkpoint before stays whole."""
@@ -193,7 +219,7 @@ class Run:
             "config": self.config,
             "model_config": self.model.config._asdict(),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "sums": self.sums,
             **{key: getattr(self, key) for key in self.PLAIN},
@@ -206,7 +232,8 @@ class Run:
     def restore(self, state: dict) -> None:
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, of_optimizer in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(of_optimizer)
             self.sums.copy_(state["sums"])
             for key in self.PLAIN:
                 setattr(self, key, state[key])
@@ -250,6 +277,11 @@ class Stop:
 
 def objectives(config: dict, levels: int) -> list[Callable[..., rewards.Loss]]:
     """The losses that a batch is used for, one optimiser step each."""
+    if config["arch"] == "aae":
+        return [rewards.reconstruction_loss, rewards.discriminator_loss, rewards.confusion_loss]
+    if config["ivae"]:
+        sampled = config["update"] == "sampled"
+        return [partial(rewards.ivae_loss, skip=config["skip"], sampled=sampled)]
     if not config["rl"]:
         return [rewards.elbo_loss]
     terms = {"gamma": config["gamma"], "skip": config["skip"]}
@@ -270,7 +302,7 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
     """Trains until the last epoch. A stop that was asked for saves and raises SystemExit."""
     config, model, device = run.config, run.model, run.device
     dtype = pick_dtype(config["dtype"], device)
-    losses = objectives(config, model.levels)
+    steps = list(zip(run.losses, itertools.cycle(run.optimizers)))
     images = data.to_train_on
     batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
     last_save, started = time.monotonic(), time.monotonic() - run.seconds
@@ -297,17 +329,20 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
         while run.epoch < config["epochs"]:
             x = observed(take(images, batches[run.batch], device))
             terms = kl_terms(config, run.epoch + run.batch / len(batches))
-            for loss_of in losses:
+            values, kls = [], []
+            for loss_of, optimizer in steps:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     with parametrize.cached():  # each normalised weight once, not once a path
                         value, kl = loss_of(model, x, **terms)
-                run.optimizer.zero_grad()
+                optimizer.zero_grad()
                 value.backward()
-                run.optimizer.step()
+                optimizer.step()
                 run.update += 1
-                value = value.detach()
-                run.sums += torch.cat([torch.stack([value, torch.ones_like(value)]), kl])
-                recent.append((run.epoch + 1, run.update, value))
+                values.append(value.detach())
+                kls.append(kl)
+                recent.append((run.epoch + 1, run.update, values[-1]))
+            means = torch.cat([torch.stack(values), torch.stack(kls).mean(dim=0)])
+            run.sums += torch.cat([torch.ones_like(means[:1]), means])
             run.batch += 1
             bar.update()
             if len(recent) >= CHECK_EVERY:
@@ -335,13 +370,17 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
 def end_of_epoch(run: Run, data: Data, terms: dict, bar: tqdm) -> None:
     """Logs the epoch that has ended; every --eval-every epochs it measures the test split."""
     config, epoch = run.config, run.epoch + 1
-    loss, losses, *kl = run.sums.tolist()
+    means = (run.sums[1:] / run.sums[0]).tolist()
     run.sums.zero_()
-    kl = [total / losses for total in kl]
+    losses, kl = means[: len(run.losses)], means[len(run.losses) :]
     line = {"epoch": epoch, "update": run.update, "seconds": round(run.seconds, 2)}
-    line |= {"loss": loss / losses, "kl": kl, **terms}
+    line |= {"loss": sum(losses) / len(losses), "kl": kl, **terms}
+    if len(losses) > 1:
+        line["losses"] = losses
+    adversarial = config["arch"] == "aae"  # its losses have no common unit, and mean nothing summed
+    shown = " ".join(f"{v:9.2f}" for v in (losses if adversarial else [line["loss"]]))
     levels = " ".join(f"{v:.2f}" for v in kl)
-    text = f"epoch {epoch:4d}  loss {line['loss']:9.2f}  KL {levels}"
+    text = f"epoch {epoch:4d}  loss {shown}  KL {levels}"
     measure = config["eval_every"] > 0 and epoch % config["eval_every"] == 0
     if measure:
         test = line["test"] = evaluate.glance(run.model, data)
@@ -366,6 +405,12 @@ def introduce(run: Run, data: Data) -> None:
     if c["rl"]:
         objective = f"Q-value, gamma {c['gamma']}, {c['update']} updates, skip by {c['skip']}"
         schedule = f"{max(1, round(1000 / levels))} epochs, stepwise, no warm-up, no free bits"
+    elif c["arch"] in models.ONE_LEVEL or c["ivae"]:
+        schedule = "1000 epochs, no warm-up, no free bits"
+    if c["ivae"]:
+        objective = f"IVAE (Eq. 39), {c['update']} updates, skip by {c['skip']}"
+    elif c["arch"] == "aae":
+        objective = "reconstruction, discriminator, and the encoder against it"
     warmup = f"KL warm-up of {c['warmup']} epochs" if c["warmup"] else "no KL warm-up"
     free = f", {c['free_bits']} nats free bits for {c['free_bits_epochs']} epochs"
     dtype = str(pick_dtype(c["dtype"], run.device)).removeprefix("torch.")
@@ -418,6 +463,18 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
     return config, state
 
 
+def idle(config: dict, flags: dict) -> list[str]:
+    """The flags given that have no effect on this run."""
+    useless = {"gamma", "update", "skip"}
+    if config["rl"]:
+        useless.clear()
+    elif config["ivae"]:
+        useless = {"gamma"}
+    elif config["arch"] == "aae":
+        useless |= {"warmup", "free_bits", "free_bits_epochs"}
+    return sorted(useless & flags.keys())
+
+
 def command(flags: dict) -> None:
     """A run from its flags to its evaluation."""
     config, state = prepare(flags)
@@ -438,9 +495,8 @@ def command(flags: dict) -> None:
         run.save()
     evaluate.write_json(folder / "config.json", config)
     introduce(run, data)
-    idle = [] if config["rl"] else sorted({"gamma", "update", "skip"} & flags.keys())
-    for flag in idle:
-        print(f"note      --{flag} has no effect without --rl")
+    for flag in idle(config, flags):
+        print(f"note      --{flag.replace('_', '-')} has no effect here")
     if run.epoch < config["epochs"]:
         (folder / "eval.json").unlink(missing_ok=True)
         batches = math.ceil(len(data.to_train_on) / config["batch_size"])
