@@ -368,9 +368,16 @@ def command(args: argparse.Namespace) -> None:
     if args.figures:
         import figures
 
-        device = pick_device(args.device)
-        for line in figures.draw(runs, args.figures, lambda c: data_of(c, args, device), device):
-            print(line)
+        device, loaded = pick_device(args.device), {}
+
+        def data_for(config: dict) -> Data:  # each data set once
+            key = tuple(config.get(name) for name in ("dataset", "data_dir", "image_size"))
+            if key not in loaded:
+                loaded[key] = data_of(config, args, device)
+            return loaded[key]
+
+        for line in figures.draw(runs, args.figures, data_for, device):
+            print(line, flush=True)
 
 
 def data_of(config: dict, args: argparse.Namespace, device: torch.device) -> Data:

@@ -112,10 +112,14 @@ class Run(NamedTuple):
     def settings(self) -> dict:
         """What makes two runs comparable: everything configured that has an effect."""
         config = {"ivae": False} | self.config
-        idle = (
-            set() if config["rl"] else {"gamma"} if config["ivae"] else {"gamma", "update", "skip"}
-        )
-        skipped = NOT_COMPARED | idle | {"levels"}
+        idle = {"levels"}
+        if not config["rl"]:
+            idle |= {"gamma"} if config["ivae"] else {"gamma", "update", "skip"}
+        if config["arch"] == "aae":
+            idle |= {"warmup", "free_bits"}
+        if not config["free_bits"] or "free_bits" in idle:
+            idle.add("free_bits_epochs")
+        skipped = NOT_COMPARED | idle
         kept = {key: value for key, value in config.items() if key not in skipped}
         return kept | {"levels": self.levels}
 

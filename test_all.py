@@ -36,10 +36,12 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 import data
 import evaluate
+import figures
 import likelihoods
 import mine
 import models
 import rewards
+import tables
 import train
 
 HERE = Path(__file__).parent
@@ -2371,6 +2373,332 @@ def test_mistakes_with_runs_give_one_line(few, tmp_path, capsys):
     torch.save(state, checkpoint)
     evaluation("not one that models.py builds")
     fails(capsys, resume, "does not fit this train.py")
+
+
+# --------------------------------------------------------------------------------------------------
+# tables.py
+
+
+def write_run(root: Path, name: str, flags: dict, probe: float = 50.0, mine_nats=None) -> Path:
+    """The files of a finished run of five levels (one for vae and aae), numbers made up."""
+    folder = root / name
+    folder.mkdir()
+    config = train.defaults(flags | {"out": str(folder)})
+    levels = config["levels"] or (1 if config["arch"] in ("vae", "aae") else 5)
+    top = f"z{levels}"
+    evaluation = {
+        "probe": {f"z{k + 1}": 80.0 - k for k in range(levels)} | {"all": 85.0, top: probe},
+        "kl": [1.0] * (levels - 1) + [probe / 10],
+        "bpd": 0.4 + config["seed"] / 100,
+        "mine": {} if mine_nats is None else {top: {"nats": mine_nats, "ceiling": 9.2103}},
+    }
+    lines = [{"epoch": 1, "seconds": 30.0, "kl": [0.5] * levels, "loss": 3.0},
+             {"epoch": 2, "seconds": 61.0, "kl": [1.0] * levels, "loss": 2.0,
+              "test": {"probe": probe, "kl": [1.0] * levels, "elbo": -250.0}}]  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+FASHION = {"dataset": "fashionmnist"}
+
+
+def cells(line: str) -> list[str]:
+    return [part.strip() for part in line.strip("|").split("|")]
+
+
+def test_table_of_seeds(tmp_path, capsys):
+    """Mean ± standard deviation by hand, the paper's values beside it, one row a configuration."""
+    runs = [
+        write_run(tmp_path, f"rl{seed}", FASHION | {"rl": True, "seed": seed}, probe, nats)
+        for seed, probe, nats in ((0, 70.0, 4.0), (1, 71.0, 5.0), (2, 75.0, 4.5))
+    ]
+    runs += [write_run(tmp_path, f"elbo{seed}", FASHION | {"arch": "hvae", "seed": seed,
+                                                           "gamma": 0.1 * seed}, 10.0)
+             for seed in (0, 1)]  # fmt: skip
+    runs.append(write_run(tmp_path, "other", FASHION | {"rl": True, "gamma": 0.8}, 60.0))
+    runs.append(write_run(tmp_path, "digits", {"arch": "vae"}, 0.0))
+    evaluate.main([*map(str, runs), "--table", "--markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "**digits**" and "**fashionmnist**" in lines
+    head = cells(lines[lines.index("**fashionmnist**") + 2])
+    assert head == ["", "seeds", "z_L probe %", "paper", "all levels %", "paper", "MINE nats",
+                    "paper", "bpd", "paper", "KL z_L", "paper", "training s"]  # fmt: skip
+    rows = {cells(line)[0]: cells(line) for line in lines if line.startswith("|")}
+    assert rows["LVAE+RL, gamma 0.9"] == [
+        "LVAE+RL, gamma 0.9", "3", "72.00 ± 2.65", "78.48 ± 0.15", "85.00 ± 0.00", "84.77 ± 0.30",
+        "4.50 ± 0.50", "4.37 ± 0.58", "0.410 ± 0.010", "0.335 ± 0.072", "7.20 ± 0.26",
+        "32.1 ± 0.5", "61 ± 0",
+    ]  # fmt: skip
+    assert rows["HVAE"][:4] == ["HVAE", "2", "10.00 ± 0.00", "10.73 ± 0.08"]  # gamma has no effect
+    assert rows["LVAE+RL, gamma 0.8"][2:6] == ["60.00", "77.98 ± 0.23", "85.00", ""]
+    assert rows["VAE"][:3] == ["VAE", "1", "0.00"]  # a mean of 0 is a value
+    assert "MINE cannot exceed 9.21 nats." in lines
+    evaluate.main([*map(str, runs), "--table"])
+    text = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in text[text.index("fashionmnist") + 1 : -1]}) == 1  # aligned
+    evaluate.main([*map(str, runs), "--table", "--json"])
+    (row,) = (r for r in json.loads(capsys.readouterr().out) if r["label"] == "LVAE+RL, gamma 0.9")
+    assert row["probe"]["values"] == [70.0, 71.0, 75.0] and row["seeds"] == [0, 1, 2]
+    assert row["probe"]["mean"] == 72.0 and row["probe"]["std"] == pytest.approx(7**0.5)
+
+
+def test_settings_that_make_a_configuration(tmp_path):
+    """--levels 5 is the preset's 5, an older config.json without newer flags is as their default,
+    and what only says where a run was computed sets nothing apart."""
+    same = (
+        write_run(tmp_path, "a", {"rl": True}),
+        write_run(
+            tmp_path,
+            "b",
+            {"rl": True, "levels": 5, "seed": 1, "device": "cpu", "data_dir": "there"},
+        ),
+    )
+    older = json.loads((same[1] / "config.json").read_text())
+    del older["ivae"]
+    (same[1] / "config.json").write_text(json.dumps(older))
+    apart = write_run(tmp_path, "c", {"rl": True, "levels": 3, "skip": "sample", "epochs": 7})
+
+    def read(folder):
+        return tables.read_run(folder, tables.read_json(folder / "eval.json"))
+
+    three, five = tables.groups([read(f) for f in (*same, apart)])
+    assert [run.folder for run in five.runs] == list(same)
+    assert five.label == "LVAE+RL, skip mean, 80 epochs, 5 levels"
+    assert three.label == "LVAE+RL, skip sample, 7 epochs, 3 levels"
+    (alone,) = tables.groups([read(apart)])
+    assert alone.label == "LVAE+RL"
+
+
+def test_values_of_the_paper():
+    """A few of each table, read off the page again."""
+    fmnist, cifar = "fashionmnist", "cifar10"
+    assert tables.paper(fmnist, "AAE", 1, 0.9) == {"probe": "72.11±0.27", "mine": "4.08±0.67"}
+    assert tables.paper("stl10", "HVAE+RL", 5, 0.9) == {"probe": "43.76±0.15", "mine": "10.93±1.73"}
+    assert tables.paper("tinyimagenet", "HVAE", 5, 0.9)["mine"] == "5e-10±0.00"
+    assert tables.paper("cifar100", "VAE", 1, 0.9)["mine"] == "13.76±1.85"
+    ivae = tables.paper(cifar, "LVAE+IVAE", 5, 0.9)
+    assert ivae == {
+        "probe": "39.26±0.25",
+        "mine": "6.41±0.69",
+        "bpd": "3.48±0.05",
+        "kl": "233.0±7.0",
+    }
+    lvae = tables.paper(cifar, "LVAE", 5, 0.9)
+    assert (lvae["bpd"], lvae["kl"], lvae["all"]) == ("2.91±0.03", "2e-3±0.0", "49.87±0.39")
+    assert tables.paper(fmnist, "HVAE+RL", 5, 0.9)["all"] == "84.56±0.25"
+    assert tables.paper(cifar, "HVAE+RL", 5, 0.0) == {"probe": "41.91±0.15"}
+    assert tables.paper(fmnist, "LVAE+RL", 5, 0.95) == {"probe": "78.53±0.16"}
+    assert tables.paper(fmnist, "HVAE+RL", 3, 0.9) == {"probe": "78.60"}
+    assert tables.paper(fmnist, "LVAE+RL", 10, 0.9) == {"probe": "75.82"}
+    for nothing in ((fmnist, "LVAE+RL", 2, 0.9), (cifar, "LVAE+RL", 7, 0.9),
+                    ("digits", "VAE", 1, 0.9), (fmnist, "LVAE+RL", 5, 0.5),
+                    (fmnist, "HVAE", 4, 0.9), (fmnist, "HVAE+IVAE", 5, 0.9)):  # fmt: skip
+        assert tables.paper(*nothing) == {}
+
+
+def test_mistakes_with_tables_give_one_line(tmp_path, capsys):
+    a = write_run(tmp_path, "a", {"rl": True})
+    b = write_run(tmp_path, "b", {"rl": True})
+
+    def table(words, *argv):
+        fails(capsys, [*map(str, argv), "--table"], words, main=evaluate.main)
+
+    table("a and .*b have the same settings and seed: name one", a, b)
+    table("nowhere has neither eval.json nor checkpoint.pt", a, tmp_path / "nowhere")
+    (b / "eval.json").write_text("{")
+    table("eval.json is damaged", b)
+    (b / "eval.json").write_text((a / "eval.json").read_text())
+    (b / "metrics.jsonl").write_text('{"epoch": ')
+    table("metrics.jsonl is damaged", b)
+    (b / "config.json").write_text("{}")
+    (b / "metrics.jsonl").unlink()
+    table("holds no run of this version", b)
+    table("no run at", a, "--mine")  # its mutual information needs the checkpoint
+    fails(capsys, [str(a), "--markdown"], "--markdown is for --table", main=evaluate.main)
+    fails(capsys, [str(a), str(b), "--out", "x.json"], "--out is for the evaluation of one run",
+          main=evaluate.main)  # fmt: skip
+
+
+def test_table_measures_what_is_missing_and_keeps_it(few, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    train.main([*TINY, "--out", str(out), "--epochs", "1"])
+    whole = json.loads((out / "eval.json").read_text())
+    (out / "eval.json").unlink()
+    evaluate.main([str(out), "--table"])
+    made = json.loads((out / "eval.json").read_text())
+    assert made["probe"] == whole["probe"] and made["mine"] == {}
+    capsys.readouterr()
+    monkeypatch.setattr(evaluate, "evaluate", None)  # nothing that is there is measured again
+    monkeypatch.setattr(
+        evaluate,
+        "level_information",
+        lambda model, data, level: {"nats": level + 0.5, "ceiling": 4},
+    )
+    evaluate.main([str(out), "--table", "--mine"])
+    assert "1.50" in capsys.readouterr().out  # level 1 of 0 and 1 is z_L
+    monkeypatch.setattr(evaluate, "level_information", None)
+    evaluate.main([str(out), "--table", "--mine"])
+    assert json.loads((out / "eval.json").read_text())["mine"] == {
+        "z2": {"nats": 1.5, "ceiling": 4}
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# figures.py
+
+
+def test_mosaic():
+    pictures = torch.arange(1, 4).view(3, 1, 1, 1).expand(3, 1, 2, 2) / 10
+    canvas = figures.mosaic(pictures, 2)
+    assert canvas.shape == (5, 5, 1)
+    assert (canvas[:2, :2] == np.float32(0.1)).all() and (canvas[:2, 3:] == np.float32(0.2)).all()
+    assert (canvas[3:, :2] == np.float32(0.3)).all()
+    assert (canvas[2] == 1).all() and (canvas[:, 2] == 1).all() and (canvas[3:, 3:] == 1).all()
+
+
+def test_correlations_against_numpy():
+    a, b = torch.randn(50, 3), torch.randn(50, 2)
+    expected = np.abs(np.corrcoef(a.T.numpy(), b.T.numpy())[:3, 3:])
+    assert figures.correlations(a, b).numpy() == pytest.approx(expected, abs=1e-6)
+
+
+def test_units_found_again():
+    """Whatever the order and scale of the units; collapsed levels have none to be found."""
+    z = torch.randn(5000, 4)
+    other = [torch.randn(5000, 2), -3 * z[:, [2, 0, 3, 1]] + 1, torch.zeros(5000, 2)]
+    found = figures.found_again([z, 0.01 * z, torch.cat([z[:, :1], 1e-3 * z], dim=1)], other)
+    assert found[0, 1] == pytest.approx(1) and found[0, 0] < 0.05
+    assert np.isnan(found[1]).all() and np.isnan(found[:, 2]).all()
+    assert found[2, 1] == pytest.approx(1)  # of the units that are active
+
+
+def test_test_images_of_many_classes():
+    labels = torch.arange(40) % 10
+    pictures = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+    d = data.Data(pictures, labels, pictures, labels, tuple("abcdefghij"))
+    assert figures.of_many_classes(d, 10).flatten().tolist() == list(range(10))
+    assert figures.of_many_classes(d, 12).flatten().tolist() == [*range(10), 10, 11]
+    assert figures.of_many_classes(d, 5).flatten().tolist() == [0, 2, 4, 7, 9]
+    unlabelled = d._replace(train_labels=None, test_labels=None, classes=())
+    assert figures.of_many_classes(unlabelled, 3).flatten().tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def tiny_runs(few, tmp_path):
+    """Folders of runs of an epoch, named by --dataset, whose images are digits all the same."""
+
+    def make(name: str, *flags: str) -> str:
+        out = tmp_path / name
+        train.main([*TINY, "--epochs", "1", "--eval-every", "1", *flags, "--out", str(out)])
+        return str(out)
+
+    return make
+
+
+def png(path: Path) -> np.ndarray:
+    return np.asarray(PIL.Image.open(path).convert("RGB"), dtype=float)
+
+
+def test_every_figure_is_made(tiny_runs, tmp_path, capsys):
+    runs = [
+        tiny_runs("a", "--arch", "hvae", "--dataset", "fashionmnist"),
+        tiny_runs("b", "--arch", "hvae", "--rl", "--dataset", "fashionmnist"),
+        tiny_runs("c", "--arch", "hvae", "--rl", "--dataset", "mnist"),
+        tiny_runs("d", "--arch", "hvae", "--rl", "--dataset", "fashionmnist", "--latents", "4,3,2"),
+        tiny_runs("e", "--arch", "biva", "--dataset", "fashionmnist"),
+        tiny_runs("f", "--arch", "aae", "--dataset", "fashionmnist", "--latents", "4"),
+        tiny_runs("g", "--arch", "hvae", "--dataset", "fashionmnist", "--seed", "4"),
+    ]
+    capsys.readouterr()
+    evaluate.main([*runs, "--figures", str(tmp_path / "figures")])
+    said = capsys.readouterr().out.splitlines()
+    of_fashion = ["fig1-skip-paths", "fig5-latents", "fig6-depth", "fig7-kl", "curves", "samples"]
+    expected = {"fig2-correlation.png", *(f"{name}-fashionmnist.png" for name in of_fashion)}
+    expected |= {f"{name}-mnist.png" for name in of_fashion if name != "fig6-depth"}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == expected
+    assert "not made: fig6-depth-mnist.png needs runs of one method with different --levels, on " \
+           "images with labels" in said  # fmt: skip
+    for name in expected:
+        picture = png(tmp_path / "figures" / name)
+        assert min(picture.shape[:2]) > 200 and picture.std() > 5
+        # Nothing touches the edge, where it would be cut.
+        for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+            assert (edge == 255).all(), name
+
+
+def test_figures_of_metrics_need_no_checkpoint_and_no_data(tmp_path, capsys):
+    runs = [str(write_run(tmp_path, "a", FASHION | {"rl": True})),
+            str(write_run(tmp_path, "b", FASHION | {"rl": True, "levels": 3}))]  # fmt: skip
+    evaluate.main([*runs, "--figures", str(tmp_path / "figures")])
+    said = capsys.readouterr().out
+    names = {p.name.removesuffix("-fashionmnist.png") for p in (tmp_path / "figures").iterdir()}
+    assert names == {"fig6-depth", "fig7-kl", "curves"}
+    assert said.count("not made") == 4 and "needs a run with its checkpoint" in said
+    (tmp_path / "file").write_text("")
+    fails(capsys, [*runs, "--figures", str(tmp_path / "file")], "cannot write .*file",
+          main=evaluate.main)  # fmt: skip
+
+
+def shown_of(model, d: data.Data) -> figures.Shown:
+    config = train.defaults({"dataset": "digits", "arch": "hvae"})
+    run = tables.Run(Path("run"), config, {"kl": [0.0] * model.levels}, [], "HVAE")
+    shown = figures.Shown(tables.Group("HVAE", [run]), lambda c: d, torch.device("cpu"))
+    shown.__dict__["model"] = model  # in place of the checkpoint's
+    return shown
+
+
+def test_rows_of_figure_1_are_the_levels_from_the_pixels_up(few, monkeypatch):
+    monkeypatch.setattr(figures.Shown, "has_model", True)
+    model = models.build(models.configure("lvae", latents="6,5,4", channels=4))
+    drawn = []
+    monkeypatch.setattr(figures, "show", lambda axes, picture: drawn.append(picture))
+    figure = figures.skip_paths([shown_of(model, few)])
+    labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert labels == ["input", "$z_{1}$", "$z_{2}$", "$z_{3}$"]
+    images = data.to_unit(figures.of_many_classes(few, 20))
+    z = model.infer(images, sample=False).latents
+    for row in range(4):
+        expected = images
+        if row:
+            alone = [v if k == row - 1 else None for k, v in enumerate(z)]
+            expected = model.decode(alone).mean.detach()
+        canvas = drawn[0][row * 29 : row * 29 + 28]
+        for column in (0, 7, 19):
+            part = canvas[:, column * 29 : column * 29 + 28, 0]
+            assert part == pytest.approx(expected[column, 0].numpy(), abs=1e-6)
+
+
+def test_traversal_is_spaced_by_the_quantiles_of_the_prior_around_its_anchor(few, monkeypatch):
+    from scipy.stats import norm
+
+    monkeypatch.setattr(figures.Shown, "has_model", True)
+    model = models.build(models.configure("hvae", latents="6,4", channels=4))
+    seen = []
+    whole = model.generate
+
+    def generate(latents, skip="mean"):
+        seen.append(latents)
+        return whole(latents, skip)
+
+    model.generate = generate
+    figure = figures.latents([shown_of(model, few)])
+    below, z = seen[-1]
+    assert below is None and z.shape == (81, 4)
+    anchor = model.infer(data.to_unit(few.test[:1]), sample=False).latents[-1][0]
+    assert torch.allclose(z[40], anchor, atol=1e-5)
+    spread = evaluate.representations(model, few.test)[-1].var(dim=0)
+    first, second = spread.topk(2).indices.tolist()
+    moved = (z - anchor).detach().view(9, 9, 4)  # rows from the top, columns
+    quantiles = norm.ppf(np.linspace(0.05, 0.95, 9))
+    for i in range(9):
+        assert moved[i, :, first].numpy() == pytest.approx(quantiles, abs=1e-4)
+        assert moved[:, i, second].numpy() == pytest.approx(-quantiles, abs=1e-4)
+    others = [k for k in range(4) if k not in (first, second)]
+    assert moved[:, :, others].abs().max() < 1e-6
+    (box,) = figure.axes[1].patches  # around the middle picture, 28 pixels from 4 * 29 on
+    assert box.get_xy() == (115, 115) and box.get_width() == 29 and box.get_edgecolor()[0] > 0.8
 
 
 # --------------------------------------------------------------------------------------------------
