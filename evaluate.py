@@ -3,7 +3,7 @@
 python evaluate.py runs/digits-lvae-rl-0
 python evaluate.py runs/digits-lvae-rl-0 --json --mine
 python evaluate.py runs/digits-* --table
-python evaluate.py runs/digits-* --figures figures
+python evaluate.py runs/digits-* --figures pictures
 """
 
 import argparse

@@ -22,7 +22,7 @@ import evaluate
 import tables
 from data import Data, UserError, to_unit, writing
 
-DPI = 150
+DPI = 130
 # Colours that the colour-blind tell apart: Okabe and Ito's for lines, Paul Tol's for ten classes.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 CLASSES = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255",
@@ -180,8 +180,8 @@ def found_again(a: list[Tensor], b: list[Tensor]) -> np.ndarray:
 
 
 def correlation(shown: list[Shown]) -> Figure:
-    """Figure 2: correlation of the representations of two runs of one configuration that were
-    trained on different data sets, on the test images of the first."""
+    """Figure 2: how well the units of a level are found again in a run of the same method that was
+    trained on other images; on the test images of the data set named first."""
     found: dict[str, dict[str, Shown]] = {}  # by method and data set
     for s in with_models(shown):
         found.setdefault(s.first.method, {}).setdefault(s.dataset, s)
@@ -191,10 +191,12 @@ def correlation(shown: list[Shown]) -> Figure:
         for name, (a, b) in candidates.items()
         if a.model.config.image == b.model.config.image
     }
+    same = {name: (a.dataset, b.dataset) for name, (a, b) in pairs.items()}
+    pairs = {name: pair for name, pair in pairs.items() if same[name] == next(iter(same.values()))}
     if not pairs:
         raise Missing("two runs with checkpoints of one method, trained on two data sets whose "
                       "images have the same shape")  # fmt: skip
-    figure = Figure(figsize=(3.1 * len(pairs) + 1.0, 3.7), layout="constrained")
+    figure = Figure(figsize=(3.1 * len(pairs) + 1.0, 3.9), layout="constrained")
     all_axes = figure.subplots(1, len(pairs), squeeze=False)[0]
     for axes, (label, (a, b)) in zip(all_axes, pairs.items(), strict=True):
         images = a.data.test
@@ -213,7 +215,9 @@ def correlation(shown: list[Shown]) -> Figure:
         if axes is all_axes[0]:
             axes.set_ylabel(f"trained on {NAMES[a.dataset]}")
     bar = figure.colorbar(drawn, ax=list(all_axes), shrink=0.8)
-    bar.set_label(f"largest |Pearson r|, {NAMES[a.dataset]} test images")
+    bar.set_label("largest |Pearson r|, mean over units")
+    figure.supxlabel(f"{NAMES[a.dataset]} test images; none: a level without an active unit",
+                     fontsize=9)  # fmt: skip
     return figure
 
 
@@ -235,7 +239,7 @@ def scatter_of_classes(axes, points: np.ndarray, labels: np.ndarray | None, name
         nearest = np.sort(apart, axis=1)[:, : max(2, len(of_class) // 3)]
         axes.annotate(
             str(name), of_class[nearest.mean(axis=1).argmin()], ha="center", va="center",
-            fontsize=8, weight="bold", color=CLASSES[c],
+            fontsize=9, weight="bold", color=CLASSES[c],
             path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
 
@@ -399,10 +403,17 @@ def curves(shown: list[Shown]) -> Figure:
             look = look | {"label": look["label"] if nth == 0 else None, "marker": None}
             minutes = [line["seconds"] / 60 for line in run.metrics]
             kl = [max(line["kl"][-1], FLOOR) for line in run.metrics]
+            probe, elbo = (
+                [line.get("test", {}).get(name) for line in run.metrics]
+                for name in ("probe", "elbo")
+            )
+            if run.metrics and elbo[-1] is None:  # after the last epoch all is measured
+                probe[-1] = tables.measures(run).get("probe")
+                elbo[-1] = run.evaluation.get("elbo")
             for name, values in (
                 ("KL of $z_L$, training images, nats", kl),
-                ("probe of $z_L$, %", [m.get("test", {}).get("probe") for m in run.metrics]),
-                ("ELBO, test images, nats", [m.get("test", {}).get("elbo") for m in run.metrics]),
+                ("probe of $z_L$, %", probe),
+                ("ELBO, test images, nats", elbo),
             ):
                 pairs = [(x, y) for x, y in zip(minutes, values, strict=True) if y is not None]
                 if pairs:
@@ -419,6 +430,7 @@ def curves(shown: list[Shown]) -> Figure:
             axes.plot(x, y, **style)
         if name.startswith("KL"):
             axes.set_yscale("log")
+        axes.set_xlim(left=0)
         tidy(axes, "minutes of training", name)
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
@@ -443,7 +455,9 @@ def draw(
     """Writes every figure that the runs allow as PNG into a folder, one for each data set; says
     line by line what was written and what was not. `load` gives a configuration's data."""
     shown = [Shown(group, load, device) for group in tables.groups(runs)]
-    wanted = [("fig2-correlation", correlation, shown)]
+    given = {run.folder: position for position, run in enumerate(runs)}
+    as_given = sorted(shown, key=lambda s: min(given[run.folder] for run in s.runs))
+    wanted = [("fig2-correlation", correlation, as_given)]
     for dataset in dict.fromkeys(s.dataset for s in shown):
         here = [s for s in shown if s.dataset == dataset]
         wanted += [(f"{name}-{dataset}", make, here) for name, make in OF_ONE_DATASET.items()]

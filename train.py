@@ -196,12 +196,18 @@ class Run:
         self.config, self.device, self.folder = config, device, Path(config["out"])
         torch.manual_seed(config["seed"])
         self.model = models.build(network(config)).to(device)
-        aae = isinstance(self.model, models.AAE)
-        parts = self.model.phases() if aae else [list(self.model.parameters())]
+        parts, settings = [list(self.model.parameters())], [{"lr": config["lr"]}]
+        if isinstance(self.model, models.AAE):
+            # Adversaries turn with every step of each other, so half the momentum; and the
+            # discriminator is faster, as Heusel et al. 2017 advise: its word is what the encoder
+            # follows.
+            parts = self.model.phases()
+            settings += [
+                {"lr": 3 * config["lr"], "betas": (0.5, 0.999)},
+                {"lr": config["lr"], "betas": (0.5, 0.999)},
+            ]
         self.optimizers = [
-            # An adversary's gradient turns with every step of its opponent: half the momentum.
-            torch.optim.Adam(p, lr=config["lr"], betas=(0.9 if i == 0 else 0.5, 0.999), fused=True)
-            for i, p in enumerate(parts)
+            torch.optim.Adam(p, fused=True, **s) for p, s in zip(parts, settings, strict=True)
         ]
         self.epoch = self.batch = self.update = 0  # the batch to come; the updates made
         self.seconds = 0.0  # of training, evaluation left out
