@@ -7,6 +7,7 @@ python evaluate.py runs/digits-* --figures pictures
 """
 
 import argparse
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -39,6 +40,14 @@ from data import (
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1  # of checkpoints
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int = 0) -> Iterator[None]:
+    """The same random numbers each time; the caller's random state is untouched."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,13 +176,11 @@ def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int
     """Means over (binarised) images, nats: "kl" and "log_px_given_z" per level, "elbo", "iwae".
 
     One posterior sample an image, skip paths by the prior means; "iwae" is the importance-weighted
-    bound with `samples` samples, None where that is 0. The caller's random state is untouched.
+    bound with `samples` samples, None where that is 0.
     """
     device = model.zero.device
-    devices = [device] if device.type == "cuda" else []
     kl, log_px, iwae = [], [], []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with seeded(device, seed):
         for batch in in_order(images, device):
             x = observed(batch)
             inference = model.infer(x)
@@ -199,9 +206,7 @@ def level_information(model: models.Network, data: Data, level: int, seed: int =
     """MINE between grey images and posterior samples of a level: trained on the training split,
     measured on the test split; {"nats", "ceiling"}."""
     device = model.zero.device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with seeded(device, seed):
         z = representations(model, data.train, sample=True)[level]
         z_test = representations(model, data.test, sample=True)[level]
     held_out = data.test.to(device), z_test

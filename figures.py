@@ -143,8 +143,7 @@ def prior_samples(shown: list[Shown]) -> Figure:
     across = max(4, 20 // len(shown))
     figure = Figure(figsize=(10, 9.7 / len(shown) + 0.5), layout="constrained")
     for axes, s in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        with torch.random.fork_rng(devices=[s.device] if s.device.type == "cuda" else []):
-            torch.manual_seed(0)
+        with evaluate.seeded(s.device):
             show(axes, mosaic(s.model.sample(across**2).mean, across))
         axes.set_title(s.label, fontsize=11)
     return figure
@@ -265,12 +264,11 @@ def latents(shown: list[Shown]) -> Figure:
         data, name = s.data, f"$z_{{{s.first.levels}}}$"
         top = evaluate.representations(s.model, data.test[:2000])[-1]
         of_what, collapsed = name, top.var(dim=0).max() <= ACTIVE
+        points = top
         if collapsed:
-            torch.manual_seed(0)
             of_what = f"samples of {name} (no active unit)"
-            points = evaluate.representations(s.model, data.test[:2000], sample=True)[-1]
-        else:
-            points = top
+            with evaluate.seeded(s.device):
+                points = evaluate.representations(s.model, data.test[:2000], sample=True)[-1]
         perplexity = min(30.0, (len(top) - 1) / 3)
         tsne = TSNE(init="pca", perplexity=perplexity, random_state=0)
         points = tsne.fit_transform(points.double().cpu().numpy())

@@ -2727,24 +2727,27 @@ def test_traversal_is_spaced_by_the_quantiles_of_the_prior_around_its_anchor(few
 
 
 def test_the_adversary_keeps_the_aggregate_posterior_near_the_prior(tmp_path, monkeypatch):
-    """Moments of z over the test images, with the adversary and without."""
+    """The first two moments of z over the test images, with the adversary and without: as nats of
+    the Gaussian that has them from N(0, I)."""
 
-    def moments(name):
+    def trained(name):
         out = tmp_path / name
         train.main(["--arch", "aae", "--epochs", "40", "--out", str(out)])
         model = evaluate.restore_model(evaluate.load_checkpoint(out))
         (z,) = evaluate.representations(model, data.load("digits").test, sample=True)
+        mean, covariance = z.mean(0), z.T.cov()
+        unit = torch.distributions.MultivariateNormal(torch.zeros(8), torch.eye(8))
+        nats = kl_divergence(torch.distributions.MultivariateNormal(mean, covariance), unit)
         log_px = json.loads((out / "eval.json").read_text())["log_px_given_z"][0]
-        return z.mean(0).abs().max(), z.std(0), z.T.corrcoef().fill_diagonal_(0).abs().max(), log_px
+        return nats.item(), z.std(0), log_px
 
-    mean, std, correlation, log_px = moments("adversarial")
-    assert mean < 0.5 and std.min() > 0.4 and std.max() < 1.5 and correlation < 0.5
-    assert log_px > -350  # and the images are decoded: -543, 784 ln 2, is a coin's guess
+    nats, std, log_px = trained("adversarial")
+    assert nats < 4 and std.min() > 0.4 and std.max() < 1.5
+    assert log_px > -320  # and the images are decoded: -543, 784 ln 2, is a coin's guess
     whole = train.objectives
     monkeypatch.setattr(train, "objectives", lambda config, levels: whole(config, levels)[:1])
-    monkeypatch.setattr(models.AAE, "phases", lambda self: [list(self.parameters())] * 3)
-    mean, std, _, _ = moments("alone")
-    assert mean > 1 or std.max() > 2
+    alone, _, _ = trained("alone")
+    assert alone > 3 * nats
 
 
 # --------------------------------------------------------------------------------------------------

@@ -198,13 +198,13 @@ class Run:
         self.model = models.build(network(config)).to(device)
         parts, settings = [list(self.model.parameters())], [{"lr": config["lr"]}]
         if isinstance(self.model, models.AAE):
-            # Adversaries turn with every step of each other, so half the momentum; and the
-            # discriminator is faster, as Heusel et al. 2017 advise: its word is what the encoder
-            # follows.
+            # Adversaries turn with every step of each other, so half the momentum. The
+            # discriminator is faster than the encoder that follows it (Heusel et al. 2017), and
+            # that one slower than the decoder that has to follow in turn.
             parts = self.model.phases()
             settings += [
                 {"lr": 3 * config["lr"], "betas": (0.5, 0.999)},
-                {"lr": config["lr"], "betas": (0.5, 0.999)},
+                {"lr": 0.3 * config["lr"], "betas": (0.5, 0.999)},
             ]
         self.optimizers = [
             torch.optim.Adam(p, fused=True, **s) for p, s in zip(parts, settings, strict=True)
