@@ -335,30 +335,32 @@ def mean_and_std(values: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
 def depth(shown: list[Shown]) -> Figure:
     """Figure 6: the probe of z_L by the number of levels, mean and standard deviation over seeds,
     and the paper's values (Tables 1 and 5) where it has them."""
-    by_method: dict[str, dict[int, list[float]]] = {}
-    for s in shown:
-        for run in s.runs:
+    lines: dict[str, tuple[str, dict[int, list[float]]]] = {}  # label: method, probes by levels
+    runs = [run for s in shown for run in s.runs]
+    for label, of_one in tables.groups(runs, whatever=("levels",)):
+        by_levels: dict[int, list[float]] = {}
+        for run in of_one:
             if "probe" in (m := tables.measures(run)):
-                by_method.setdefault(run.method, {}).setdefault(run.levels, []).append(m["probe"])
-    by_method = {name: levels for name, levels in by_method.items() if len(levels) > 1}
-    if not by_method:
-        raise Missing("runs of one method with different --levels, on images with labels")
+                by_levels.setdefault(run.levels, []).append(m["probe"])
+        if len(by_levels) > 1:
+            lines[label] = of_one[0].method, by_levels
+    if not lines:
+        raise Missing("runs that differ in --levels, on images with labels")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     markers, dataset = "os^Dv<>P", shown[0].dataset
-    for i, (name, levels) in enumerate(sorted(by_method.items())):
+    for i, (label, (name, levels)) in enumerate(lines.items()):
         x = sorted(levels)
         y = [np.mean(levels[n]) for n in x]
         error = [np.std(levels[n], ddof=1) if len(levels[n]) > 1 else 0.0 for n in x]
         dash = {"RL": "-", "IVAE": ":"}.get(name.partition("+")[2], "--")
-        axes.errorbar(x, y, error, color=LINES[i], marker=markers[i % 8], linestyle=dash,
-                      label=name, capsize=3)  # fmt: skip
+        look = dict(color=LINES[i % 8], marker=markers[i % 8])
+        axes.errorbar(x, y, error, linestyle=dash, label=label, capsize=3, **look)
         theirs = {n: tables.paper(dataset, name, n, 0.9).get("probe") for n in range(2, 11)}
         theirs = {n: float(text.split("±")[0]) for n, text in theirs.items() if text}
         if theirs:
-            axes.plot(list(theirs), list(theirs.values()), color=LINES[i], marker=markers[i % 8],
-                      markerfacecolor="white", linestyle="none",
-                      label=f"{name}, paper")  # fmt: skip
+            look |= dict(markerfacecolor="white", linestyle="none", label=f"{name}, paper")
+            axes.plot(list(theirs), list(theirs.values()), **look)
     axes.xaxis.get_major_locator().set_params(integer=True)
     tidy(axes, "levels L", "probe of $z_L$, %")
     axes.set_ylim(bottom=0)

@@ -121,6 +121,8 @@ class Run(NamedTuple):
             idle.add("free_bits_epochs")
         skipped = NOT_COMPARED | idle
         kept = {key: value for key, value in config.items() if key not in skipped}
+        if config["rl"] and config["epochs"] == max(1, round(1000 / self.levels)):
+            kept["epochs"] = "1000/L"  # the paper's rule is one setting, whatever L
         return kept | {"levels": self.levels}
 
 
@@ -163,19 +165,22 @@ class Group(NamedTuple):
         return self.runs[0]
 
 
-def groups(runs: list[Run]) -> list[Group]:
-    """Runs of one configuration together; by data set, then in the order of METHODS.
+def groups(runs: list[Run], whatever: tuple[str, ...] = ()) -> list[Group]:
+    """Runs of one configuration together, `whatever` the settings of these names; by data set, then
+    in the order of METHODS.
 
     Raises UserError where a configuration has a seed twice: it would count twice.
     """
     together: dict[tuple, list[Run]] = {}
+    seen: dict[tuple, Run] = {}
     for run in sorted(runs, key=lambda run: run.config["seed"]):
-        key = tuple(sorted((k, repr(v)) for k, v in run.settings.items()))
-        for other in together.get(key, []):
-            if other.config["seed"] == run.config["seed"]:
-                raise UserError(
-                    f"{other.folder} and {run.folder} have the same settings and seed: name one"
-                )
+        settings = {k: repr(v) for k, v in run.settings.items()}
+        other = seen.setdefault((run.config["seed"], *sorted(settings.items())), run)
+        if other is not run:
+            raise UserError(
+                f"{other.folder} and {run.folder} have the same settings and seed: name one"
+            )
+        key = tuple(sorted((k, v) for k, v in settings.items() if k not in whatever))
         together.setdefault(key, []).append(run)
 
     found = []
@@ -190,7 +195,7 @@ def groups(runs: list[Run]) -> list[Group]:
         differing = [
             key
             for key in first.settings
-            if any(other.get(key) != first.settings[key] for other in same)
+            if key not in whatever and any(other.get(key) != first.settings[key] for other in same)
         ]
         parts = [setting(key, first.settings[key]) for key in differing]
         found.append(Group(", ".join([first.method, *parts]), of_one))

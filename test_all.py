@@ -2469,6 +2469,12 @@ def test_settings_that_make_a_configuration(tmp_path):
     assert three.label == "LVAE+RL, skip sample, 7 epochs, 3 levels"
     (alone,) = tables.groups([read(apart)])
     assert alone.label == "LVAE+RL"
+    rule = [write_run(tmp_path, f"rule{n}", {"rl": True, "size": "paper", "levels": n})
+            for n in (3, 5, 8)]  # fmt: skip
+    labels = [label for label, _ in tables.groups([read(folder) for folder in rule])]
+    assert labels == ["LVAE+RL, 3 levels", "LVAE+RL, 5 levels", "LVAE+RL, 8 levels"]
+    (whatever,) = tables.groups([read(folder) for folder in rule], whatever=("levels",))
+    assert whatever.label == "LVAE+RL" and len(whatever.runs) == 3
 
 
 def test_values_of_the_paper():
@@ -2618,8 +2624,8 @@ def test_every_figure_is_made(tiny_runs, tmp_path, capsys):
     expected = {"fig2-correlation.png", *(f"{name}-fashionmnist.png" for name in of_fashion)}
     expected |= {f"{name}-mnist.png" for name in of_fashion if name != "fig6-depth"}
     assert {p.name for p in (tmp_path / "figures").iterdir()} == expected
-    assert "not made: fig6-depth-mnist.png needs runs of one method with different --levels, on " \
-           "images with labels" in said  # fmt: skip
+    assert "not made: fig6-depth-mnist.png needs runs that differ in --levels, on images with " \
+           "labels" in said  # fmt: skip
     for name in expected:
         picture = png(tmp_path / "figures" / name)
         assert min(picture.shape[:2]) > 200 and picture.std() > 5
