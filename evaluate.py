@@ -333,6 +333,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="with --table: as Markdown")
     parser.add_argument("--figures", type=Path, metavar="DIR",
                         help="write the paper's figures that the runs allow into this folder")
+    parser.add_argument("--dpi", type=int, default=130, help="of the figures, 10 to 1200 "
+                        "(default 130; they are about 10 inches wide)")
     parser.add_argument("--json", action="store_true", help="print JSON, no table")
     parser.add_argument("--data-dir", help="where the data sets are (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -355,6 +357,8 @@ def command(args: argparse.Namespace) -> None:
     """What the command line asks for."""
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: the bound needs at least 1")
+    if not 10 <= args.dpi <= 1200:
+        raise UserError(f"--dpi {args.dpi}: choose from 10 to 1200")
     if args.markdown and not args.table:
         raise UserError("--markdown is for --table")
     if args.out and (len(args.runs) > 1 or args.table or args.figures):
@@ -381,7 +385,7 @@ def command(args: argparse.Namespace) -> None:
                 loaded[key] = data_of(config, args, device)
             return loaded[key]
 
-        for line in figures.draw(runs, args.figures, data_for, device):
+        for line in figures.draw(runs, args.figures, data_for, device, args.dpi):
             print(line, flush=True)
 
 

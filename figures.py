@@ -22,7 +22,6 @@ import evaluate
 import tables
 from data import Data, UserError, to_unit, writing
 
-DPI = 130
 # Colours that the colour-blind tell apart: Okabe and Ito's for lines, Paul Tol's for ten classes.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 CLASSES = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255",
@@ -450,7 +449,11 @@ OF_ONE_DATASET = {
 
 
 def draw(
-    runs: list[tables.Run], folder: Path, load: Callable[[dict], Data], device: torch.device
+    runs: list[tables.Run],
+    folder: Path,
+    load: Callable[[dict], Data],
+    device: torch.device,
+    dpi: int = 130,
 ) -> Iterator[str]:
     """Writes every figure that the runs allow as PNG into a folder, one for each data set; says
     line by line what was written and what was not. `load` gives a configuration's data."""
@@ -471,5 +474,5 @@ def draw(
             yield f"not made: {name}.png needs {what}"
             continue
         with writing(path) as beside:
-            figure.savefig(beside, dpi=DPI, format="png", bbox_inches="tight", pad_inches=0.06)
+            figure.savefig(beside, dpi=dpi, format="png", bbox_inches="tight", pad_inches=0.06)
         yield str(path)

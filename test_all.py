@@ -2522,6 +2522,7 @@ def test_mistakes_with_tables_give_one_line(tmp_path, capsys):
     (b / "metrics.jsonl").unlink()
     table("holds no run of this version", b)
     table("no run at", a, "--mine")  # its mutual information needs the checkpoint
+    fails(capsys, [str(a), "--figures", "f", "--dpi", "9"], "--dpi 9: choose", main=evaluate.main)
     fails(capsys, [str(a), "--markdown"], "--markdown is for --table", main=evaluate.main)
     fails(capsys, [str(a), str(b), "--out", "x.json"], "--out is for the evaluation of one run",
           main=evaluate.main)  # fmt: skip
