@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -371,7 +372,13 @@ def command(args: argparse.Namespace) -> None:
             title = f"{run}\n" if len(args.runs) > 1 else ""
             print(json.dumps(result) if args.json else title + table(result), flush=True)
         return
-    runs = [tables.read_run(folder, kept_evaluation(folder, args)) for folder in args.runs]
+    runs = []
+    for folder in args.runs:
+        result = kept_evaluation(folder, args)
+        if result is not None:
+            runs.append(tables.read_run(folder, result))
+    if not runs:
+        raise UserError("none of these runs has ended")
     if args.table:
         print(json.dumps(tables.rows(runs)) if args.json else tables.table(runs, args.markdown))
     if args.figures:
@@ -419,12 +426,18 @@ def evaluate_run(folder: Path, args: argparse.Namespace) -> dict:
     return report(folder, config, state["epoch"], model.to(device), data, args.samples, levels)
 
 
-def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict:
-    """A run's eval.json; what it lacks is measured first, and kept there."""
+def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict | None:
+    """A run's eval.json; what it lacks is measured first, and kept there. None, and a word on
+    standard error, where the run has not ended."""
     path = folder / "eval.json"
     if not path.exists():
         if not (folder / CHECKPOINT).exists():
             raise UserError(f"{folder} has neither eval.json nor {CHECKPOINT}: train.py makes both")
+        state = load_checkpoint(folder)
+        epoch, epochs = state["epoch"], state["config"]["epochs"]
+        if epoch < epochs:
+            print(f"left out: {folder} has done {epoch} of {epochs} epochs", file=sys.stderr)
+            return None
         write_json(path, evaluate_run(folder, args))
     result = tables.read_json(path)
     levels = levels_of_mine(args, len(result["kl"]))

@@ -2266,6 +2266,13 @@ def test_settings_of_the_paper():
         c = train.defaults({"size": "paper", "arch": arch, "ivae": ivae})
         assert (c["epochs"], c["warmup"], c["free_bits"]) == (1000, warmup, free_bits)
     assert train.defaults({"size": "paper", "ivae": True})["update"] == "joint"
+    fashion = {"dataset": "fashionmnist"}  # the small preset warms up where the top is at risk
+    for flags, warmup in (
+        ({"rl": True}, 20), ({"rl": True, "dataset": "cifar10"}, 1), ({"rl": True} | fashion, 0),
+        ({"rl": True, "arch": "hvae"} | fashion, 1), ({"ivae": True, "arch": "hvae"} | fashion, 1),
+        ({"arch": "hvae"} | fashion, 0), ({}, 0),
+    ):  # fmt: skip
+        assert train.defaults(flags)["warmup"] == warmup
 
 
 def test_stepwise_makes_one_update_a_level():
@@ -2537,6 +2544,15 @@ def test_table_measures_what_is_missing_and_keeps_it(few, tmp_path, monkeypatch,
     made = json.loads((out / "eval.json").read_text())
     assert made["probe"] == whole["probe"] and made["mine"] == {}
     capsys.readouterr()
+    running = tmp_path / "running"
+    shutil.copytree(out, running)
+    (running / "eval.json").unlink()
+    state = state_of(running)
+    state["config"]["epochs"] = 3
+    torch.save(state, running / "checkpoint.pt")
+    evaluate.main([str(out), str(running), "--table"])  # a run that goes on is let alone
+    assert "running has done 1 of 3 epochs" in capsys.readouterr().err
+    assert not (running / "eval.json").exists()
     monkeypatch.setattr(evaluate, "evaluate", None)  # nothing that is there is measured again
     monkeypatch.setattr(
         evaluate,

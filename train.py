@@ -142,8 +142,11 @@ def defaults(given: dict) -> dict:
     else:
         digits, colour = config["dataset"] == "digits", SHAPES[config["dataset"]][0] > 1
         config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 10 if colour else 20)
-        if config["rl"] or config["ivae"]:  # few images, or a decoder slow to listen: KL would win
-            config["warmup"] = 20 if digits else 1 if colour else 0
+        if config["rl"] or config["ivae"]:
+            # Few images, or a decoder slow to listen, and the KL would win at the top: always on
+            # digits, on colour images, and bottom-up for some seeds on grey images too.
+            slow = colour or config["arch"] == "hvae"
+            config["warmup"] = 20 if digits else 1 if slow else 0
     config |= given
     if config["free_bits_epochs"] is None:
         config["free_bits_epochs"] = config["epochs"]
