@@ -125,9 +125,8 @@ def defaults(given: dict) -> dict:
     config = dict(
         arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", dataset="digits",
         data_dir="data", image_size=None, unlabelled=False, device="auto", device_data="auto",
-        size="small",
-        latents=None, levels=None, channels=None, batch_size=128, warmup=0, free_bits=0.0,
-        free_bits_epochs=None, seed=0, eval_every=0, save_every=60.0, dtype="auto",
+        size="small", latents=None, levels=None, channels=None, batch_size=128, warmup=0,
+        free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, save_every=60.0, dtype="auto",
     )  # fmt: skip
     config |= given
     if config["size"] == "paper":
