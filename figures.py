@@ -336,7 +336,11 @@ def depth(shown: list[Shown]) -> Figure:
     and the paper's values (Tables 1 and 5) where it has them."""
     lines: dict[str, tuple[str, dict[int, list[float]]]] = {}  # label: method, probes by levels
     runs = [run for s in shown for run in s.runs]
-    for label, of_one in tables.groups(runs, whatever=("levels",)):
+    latents: dict[tuple, set] = {}
+    for run in runs:
+        latents.setdefault((run.method, run.levels), set()).add(run.config["latents"])
+    apart = any(len(names) > 1 for names in latents.values())  # one depth, several widths
+    for label, of_one in tables.groups(runs, ("levels",) if apart else ("levels", "latents")):
         by_levels: dict[int, list[float]] = {}
         for run in of_one:
             if "probe" in (m := tables.measures(run)):
