@@ -160,9 +160,12 @@ def bits_per_dimension(nats: float, dims: int) -> float:
     return -nats / (dims * math.log(2))
 
 
-def active_units(model: models.Network, images: Tensor, threshold: float = 0.01) -> list[int]:
+ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active (Burda et al. 2016)
+
+
+def active_units(model: models.Network, images: Tensor, threshold: float = ACTIVE) -> list[int]:
     """How many dimensions of each level have a posterior mean whose variance over the images
-    exceeds the threshold (Burda et al. 2016), bottom to top."""
+    exceeds the threshold, bottom to top."""
     sums: list[list[Tensor]] = []
     for batch in latents(model, images):
         z = [level.flatten(1).double() for level in batch]
@@ -414,16 +417,22 @@ def levels_of_mine(args: argparse.Namespace, levels: int) -> tuple[int, ...]:
     return tuple(int(part) - 1 for part in parts)
 
 
+def opened(folder: Path, args: argparse.Namespace) -> tuple[dict, models.Network, Data]:
+    """A run's checkpoint, its model on the device, and the data it was trained on."""
+    state, device = load_checkpoint(folder), pick_device(args.device)
+    model, name = restore_model(state), state["config"]["dataset"]
+    levels_of_mine(args, model.levels)  # what cannot be is said before any data are read
+    data = data_of(state["config"], args, device)
+    if tuple(data.train.shape[1:]) != tuple(model.config.image):
+        raise UserError(f"{folder} was trained on other images than {name} now has")
+    return state, model.to(device), data
+
+
 def evaluate_run(folder: Path, args: argparse.Namespace) -> dict:
     """The evaluation of a run's checkpoint."""
-    state = load_checkpoint(folder)
-    config, model = state["config"], restore_model(state)
+    state, model, data = opened(folder, args)
     levels = levels_of_mine(args, model.levels)
-    device = pick_device(args.device)
-    data = data_of(config, args, device)
-    if tuple(data.train.shape[1:]) != tuple(model.config.image):
-        raise UserError(f"{folder} was trained on other images than {config['dataset']} now has")
-    return report(folder, config, state["epoch"], model.to(device), data, args.samples, levels)
+    return report(folder, state["config"], state["epoch"], model, data, args.samples, levels)
 
 
 def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict | None:
@@ -439,13 +448,11 @@ def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict | None:
             print(f"left out: {folder} has done {epoch} of {epochs} epochs", file=sys.stderr)
             return None
         write_json(path, evaluate_run(folder, args))
-    result = tables.read_json(path)
+    result = tables.read_json(path, ("probe", "kl", "bpd", "mine"))
     levels = levels_of_mine(args, len(result["kl"]))
     missing = [level for level in levels if f"z{level + 1}" not in result["mine"]]
     if missing:
-        state = load_checkpoint(folder)
-        device = pick_device(args.device)
-        model, data = restore_model(state).to(device), data_of(state["config"], args, device)
+        _, model, data = opened(folder, args)
         for level in missing:
             result["mine"][f"z{level + 1}"] = level_information(model, data, level)
         write_json(path, result)

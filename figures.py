@@ -24,6 +24,7 @@ from data import Data, UserError, to_unit, writing
 
 # Colours that the colour-blind tell apart: Okabe and Ito's for lines, Paul Tol's for ten classes.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "os^Dv<>P"
 CLASSES = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255",
            "#AA4499", "#888888")  # fmt: skip
 NAMES = {
@@ -61,12 +62,6 @@ class Shown:
                             f"{self.dataset} now has")  # fmt: skip
         return data
 
-    @property
-    def dash(self) -> str:
-        """Solid with reinforcement learning, dashed by the ELBO, dotted for IVAE."""
-        kind = self.first.method.partition("+")[2]
-        return {"RL": "-", "IVAE": ":"}.get(kind, "--")
-
 
 def with_models(shown: list[Shown]) -> list[Shown]:
     found = [s for s in shown if s.has_model]
@@ -100,23 +95,24 @@ def show(axes, picture: np.ndarray) -> None:
 
 
 def of_many_classes(data: Data, n: int) -> Tensor:
-    """n test images (n, C, H, W) uint8 of classes as many and as far apart as n allows."""
+    """n test images (n, C, H, W) uint8, or as many as there are, of classes as many and as far
+    apart as n allows: the first of each class, then the second."""
     if data.test_labels is None:
         return data.test[:n]
     labels = data.test_labels.numpy()
     by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    classes = np.arange(n) % len(by_class)
     if n < len(by_class):
-        classes = np.linspace(0, len(by_class) - 1, n).round().astype(int)
-    picked = [by_class[c][nth // len(by_class)] for nth, c in enumerate(classes)]
-    return data.test[torch.as_tensor(np.array(picked))]
+        few = np.linspace(0, len(by_class) - 1, n).round().astype(int)
+        by_class = [by_class[c] for c in few]
+    in_turn = [of[k] for k in range(max(map(len, by_class))) for of in by_class if k < len(of)]
+    return data.test[torch.as_tensor(np.array(in_turn[:n]))]
 
 
 @torch.no_grad()
 def skip_paths(shown: list[Shown]) -> Figure:
     """Figure 1: test images, and what each level's representation alone decodes of them."""
     shown = with_models(shown)
-    columns = max(4, 20 // len(shown))
+    columns = min(max(4, 20 // len(shown)), len(shown[0].data.test))
     side = shown[0].data.test.shape[-1]
     levels = max(s.first.levels for s in shown)
     cell = 9.0 / len(shown) / columns
@@ -152,9 +148,6 @@ def prior_samples(shown: list[Shown]) -> Figure:
 # Representations
 
 
-ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active
-
-
 def correlations(a: Tensor, b: Tensor) -> Tensor:
     """(D, E): the absolute Pearson correlation of each unit of a (N, D) with each of b (N, E)."""
     a, b = ((t.double() - t.double().mean(0)) for t in (a, b))
@@ -168,7 +161,7 @@ def found_again(a: list[Tensor], b: list[Tensor]) -> np.ndarray:
     The mean over the units of a's level of the largest absolute correlation with a unit of b's,
     images along the first dimension; nan where either level has no active unit.
     """
-    a, b = ([z[:, z.var(dim=0) > ACTIVE] for z in levels] for levels in (a, b))
+    a, b = ([z[:, z.var(dim=0) > evaluate.ACTIVE] for z in levels] for levels in (a, b))
     out = np.full((len(a), len(b)), np.nan)
     for i, of_a in enumerate(a):
         for j, of_b in enumerate(b):
@@ -262,14 +255,17 @@ def latents(shown: list[Shown]) -> Figure:
     for (left, right), s in zip(grid, shown, strict=True):
         data, name = s.data, f"$z_{{{s.first.levels}}}$"
         top = evaluate.representations(s.model, data.test[:2000])[-1]
-        of_what, collapsed = name, top.var(dim=0).max() <= ACTIVE
+        of_what, collapsed = name, top.var(dim=0).max() <= evaluate.ACTIVE
         points = top
         if collapsed:
             of_what = f"samples of {name} (no active unit)"
             with evaluate.seeded(s.device):
                 points = evaluate.representations(s.model, data.test[:2000], sample=True)[-1]
+        if len(top) < 3:
+            raise Missing("three test images")
         perplexity = min(30.0, (len(top) - 1) / 3)
-        tsne = TSNE(init="pca", perplexity=perplexity, random_state=0)
+        start = "pca" if top.shape[1] > 1 else "random"
+        tsne = TSNE(init=start, perplexity=perplexity, random_state=0)
         points = tsne.fit_transform(points.double().cpu().numpy())
         labels = None if data.test_labels is None else data.test_labels[:2000].numpy()
         scatter_of_classes(left, points, labels, data.classes, named=not collapsed)
@@ -310,12 +306,16 @@ def latents(shown: list[Shown]) -> Figure:
 
 def lines_of(shown: list[Shown]) -> list[tuple[Shown, dict]]:
     """Each configuration with the look of its line."""
-    markers = "os^Dv<>Pp*"
     return [
-        (s, dict(color=LINES[i % len(LINES)], marker=markers[i % len(markers)], linestyle=s.dash,
-                 label=s.label, markersize=5))
+        (s, dict(color=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)],
+                 linestyle=dash(s.first.method), label=s.label, markersize=5))
         for i, s in enumerate(shown)
     ]  # fmt: skip
+
+
+def dash(method: str) -> str:
+    """Solid with reinforcement learning, dashed by the ELBO, dotted for IVAE."""
+    return {"RL": "-", "IVAE": ":"}.get(method.partition("+")[2], "--")
 
 
 def tidy(axes, x: str, y: str) -> None:
@@ -351,14 +351,13 @@ def depth(shown: list[Shown]) -> Figure:
         raise Missing("runs that differ in --levels, on images with labels")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    markers, dataset = "os^Dv<>P", shown[0].dataset
+    dataset = shown[0].dataset
     for i, (label, (name, levels)) in enumerate(lines.items()):
         x = sorted(levels)
         y = [np.mean(levels[n]) for n in x]
         error = [np.std(levels[n], ddof=1) if len(levels[n]) > 1 else 0.0 for n in x]
-        dash = {"RL": "-", "IVAE": ":"}.get(name.partition("+")[2], "--")
-        look = dict(color=LINES[i % 8], marker=markers[i % 8])
-        axes.errorbar(x, y, error, linestyle=dash, label=label, capsize=3, **look)
+        look = dict(color=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)])
+        axes.errorbar(x, y, error, linestyle=dash(name), label=label, capsize=3, **look)
         theirs = {n: tables.paper(dataset, name, n, 0.9).get("probe") for n in range(2, 11)}
         theirs = {n: float(text.split("±")[0]) for n, text in theirs.items() if text}
         if theirs:

@@ -92,7 +92,8 @@ def paper(dataset: str, method: str, levels: int, gamma: float) -> dict[str, str
 # --------------------------------------------------------------------------------------------------
 # Runs and their configurations
 
-METHODS = ("AAE", "VAE", "BIVA", "HVAE", "HVAE+IVAE", "HVAE+RL", "LVAE", "LVAE+IVAE", "LVAE+RL")
+METHODS = ("AAE", "VAE", "VAE+IVAE", "VAE+RL", "BIVA", "HVAE", "HVAE+IVAE", "HVAE+RL", "LVAE",
+           "LVAE+IVAE", "LVAE+RL")  # fmt: skip
 # Settings that say where and how a run is computed, not what.
 NOT_COMPARED = {"seed", "out", "data_dir", "device", "device_data", "eval_every", "save_every"}
 
@@ -126,32 +127,34 @@ class Run(NamedTuple):
         return kept | {"levels": self.levels}
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, keys: tuple[str, ...]) -> dict:
+    """The object in a file, which must have these keys. UserError where it is none such."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
-        raise UserError(f"{path} is damaged: evaluate or train the run again") from None
+        found = None
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        raise UserError(f"{path} is damaged or of another version: evaluate or train the run again")
+    return found
 
 
 def read_run(folder: Path, evaluation: dict) -> Run:
     """The run in a folder. UserError where it is not one, or damaged."""
-    config = read_json(folder / "config.json")
-    metrics = []
-    if (folder / "metrics.jsonl").exists():
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            try:
-                metrics.append(json.loads(line))
-            except ValueError:
-                raise UserError(f"{folder / 'metrics.jsonl'} is damaged: train again") from None
+    config = read_json(
+        folder / "config.json",
+        ("arch", "rl", "gamma", "dataset", "seed", "latents", "epochs", "free_bits"),
+    )
+    path, metrics = folder / "metrics.jsonl", []
     try:
-        objective = "+RL" if config["rl"] else "+IVAE" if config.get("ivae") else ""
-        method = config["arch"].upper() + objective
-        len(evaluation["kl"]), evaluation["bpd"], config["dataset"], config["seed"]
-    except (KeyError, TypeError):
-        raise UserError(f"{folder} holds no run of this version: train again") from None
-    return Run(folder, config, evaluation, metrics, method)
+        if path.exists():
+            metrics = [json.loads(line) for line in path.read_text().splitlines()]
+            [(line["seconds"], line["kl"][-1]) for line in metrics]
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UserError(f"{path} is damaged: train again") from None
+    objective = "+RL" if config["rl"] else "+IVAE" if config.get("ivae") else ""
+    return Run(folder, config, evaluation, metrics, config["arch"].upper() + objective)
 
 
 class Group(NamedTuple):

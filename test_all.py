@@ -2468,7 +2468,7 @@ def test_settings_that_make_a_configuration(tmp_path):
     apart = write_run(tmp_path, "c", {"rl": True, "levels": 3, "skip": "sample", "epochs": 7})
 
     def read(folder):
-        return tables.read_run(folder, tables.read_json(folder / "eval.json"))
+        return tables.read_run(folder, tables.read_json(folder / "eval.json", ()))
 
     three, five = tables.groups([read(f) for f in (*same, apart)])
     assert [run.folder for run in five.runs] == list(same)
@@ -2527,7 +2527,15 @@ def test_mistakes_with_tables_give_one_line(tmp_path, capsys):
     table("metrics.jsonl is damaged", b)
     (b / "config.json").write_text("{}")
     (b / "metrics.jsonl").unlink()
-    table("holds no run of this version", b)
+    table("config.json is damaged or of another version", b)
+    (b / "config.json").write_text((a / "config.json").read_text())
+    for broken in ("{}", "[]", "3"):
+        (b / "eval.json").write_text(broken)
+        table("eval.json is damaged", b)
+    (b / "eval.json").write_text((a / "eval.json").read_text())
+    for broken in ("3", "{}", '{"seconds": 1, "kl": []}'):
+        (b / "metrics.jsonl").write_text(broken)
+        table("metrics.jsonl is damaged", b)
     table("no run at", a, "--mine")  # its mutual information needs the checkpoint
     fails(capsys, [str(a), "--figures", "f", "--dpi", "9"], "--dpi 9: choose", main=evaluate.main)
     fails(capsys, [str(a), "--markdown"], "--markdown is for --table", main=evaluate.main)
@@ -2604,6 +2612,9 @@ def test_test_images_of_many_classes():
     assert figures.of_many_classes(d, 10).flatten().tolist() == list(range(10))
     assert figures.of_many_classes(d, 12).flatten().tolist() == [*range(10), 10, 11]
     assert figures.of_many_classes(d, 5).flatten().tolist() == [0, 2, 4, 7, 9]
+    assert figures.of_many_classes(d, 99).flatten().tolist() == list(range(40))  # all there are
+    uneven = d._replace(test=pictures[:3], test_labels=torch.tensor([1, 1, 0]))
+    assert figures.of_many_classes(uneven, 20).flatten().tolist() == [2, 0, 1]
     unlabelled = d._replace(train_labels=None, test_labels=None, classes=())
     assert figures.of_many_classes(unlabelled, 3).flatten().tolist() == [0, 1, 2]
 
@@ -2655,7 +2666,7 @@ def test_figure_2_takes_the_images_of_the_data_set_named_first(
     tiny_runs, few, tmp_path, monkeypatch
 ):
     folders = [tiny_runs(name, "--dataset", name) for name in ("mnist", "fashionmnist")]
-    runs = [tables.read_run(Path(f), tables.read_json(Path(f, "eval.json"))) for f in folders]
+    runs = [tables.read_run(Path(f), tables.read_json(Path(f, "eval.json"), ())) for f in folders]
     shown = [
         figures.Shown(group, lambda c: few, torch.device("cpu")) for group in tables.groups(runs)
     ]
@@ -2687,6 +2698,42 @@ def test_figures_of_metrics_need_no_checkpoint_and_no_data(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     fails(capsys, [*runs, "--figures", str(tmp_path / "file")], "cannot write .*file",
           main=evaluate.main)  # fmt: skip
+
+
+def test_figure_6_tells_widths_apart(tmp_path):
+    """Runs of one depth with other latents are no further seeds of it."""
+    folders = [write_run(tmp_path, "a", FASHION | {"rl": True, "levels": 3}, 70.0),
+               write_run(tmp_path, "b", FASHION | {"rl": True}, 60.0),
+               write_run(tmp_path, "c", FASHION | {"rl": True, "latents": "9,8,7,6,5"}, 10.0),
+               write_run(tmp_path, "d", FASHION | {"rl": True, "seed": 1}, 62.0)]  # fmt: skip
+    runs = [tables.read_run(f, tables.read_json(f / "eval.json", ())) for f in folders]
+    shown = [figures.Shown(g, None, torch.device("cpu")) for g in tables.groups(runs)]
+    axes = figures.depth(shown).axes[0]
+    (container,) = axes.containers
+    assert container.get_label() == "LVAE+RL, latents of the preset"
+    assert container.lines[0].get_xydata().tolist() == [[3, 70], [5, 61]]
+    paper = next(line for line in axes.lines if line.get_label() == "LVAE+RL, paper")
+    assert paper.get_xydata()[0].tolist() == [3, 78.77] and len(paper.get_xdata()) == 8
+
+
+def test_one_number_and_few_images_have_figures_too(few, monkeypatch):
+    monkeypatch.setattr(figures.Shown, "has_model", True)
+    d = few._replace(test=few.test[:7], test_labels=few.test_labels[:7])
+    model = models.build(models.configure("hvae", latents="3,1", channels=4))
+    assert len(figures.latents([shown_of(model, d)]).axes) == 2
+    assert len(figures.skip_paths([shown_of(model, d)]).axes) == 1
+    two = d._replace(test=d.test[:2], test_labels=d.test_labels[:2])
+    with pytest.raises(figures.Missing, match="three test images"):
+        figures.latents([shown_of(model, two)])
+
+
+def test_every_method_has_its_place_in_a_table(tmp_path):
+    flags = [{"arch": "vae", "rl": True}, {"arch": "vae", "ivae": True}]
+    flags += [{"arch": arch} for arch in models.ARCHS]
+    flags += [{"arch": arch, kind: True} for arch in ARCHS for kind in ("rl", "ivae")]
+    folders = [write_run(tmp_path, str(i), f) for i, f in enumerate(flags)]
+    runs = [tables.read_run(f, tables.read_json(f / "eval.json", ())) for f in folders]
+    assert [row["method"] for row in tables.rows(runs)] == list(tables.METHODS)
 
 
 def shown_of(model, d: data.Data) -> figures.Shown:
