@@ -11,13 +11,14 @@ inference: step t infers level order[t]. Values are per image, in nats, to be ma
 `*_loss` functions give what an optimiser minimises.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, Normal, kl_divergence
 
 
 class Loss(NamedTuple):
@@ -25,20 +26,54 @@ class Loss(NamedTuple):
     kl: Tensor  # (L,) mean over the batch of each level's KL, bottom to top, unweighted, detached
 
 
+class Share:
+    """For a batch that several processes hold: x is every `of`-th of its `whole` images, from
+    number `first` on. The mean of the losses of all shares, weighted by their sizes, is the loss of
+    the batch; `mean` is what has to know the other shares for that, parallel.py gives it."""
+
+    def __init__(self, whole: int, first: int = 0, of: int = 1):
+        self.whole, self.first, self.of = whole, first, of
+
+    def rows(self, start: int, stop: int) -> slice:
+        """Where this share holds its part of the batch's images `start` to `stop`."""
+        return slice(*(max(0, -(-(end - self.first) // self.of)) for end in (start, stop)))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the batch of values (..., B) of this share's images."""
+        return values.mean(dim=-1)
+
+
 def level_kl(inference) -> Tensor:
     """(L, B): KL of each level's posterior from its prior given the sample above."""
     pairs = zip(inference.posteriors, inference.priors, strict=True)
-    return torch.stack([kl_divergence(q, p) for q, p in pairs])
+    return torch.stack([divergence(q, p) for q, p in pairs])
 
 
-def weigh_kl(kl: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
+def divergence(q: Distribution, p: Distribution) -> Tensor:
+    """(B,): KL(q || p). For diagonal Gaussians by hand: PyTorch looks its formula up in a way that
+    cannot be compiled."""
+    gaussian = all(isinstance(getattr(d, "base_dist", None), Normal) for d in (q, p))
+    if not gaussian:
+        return kl_divergence(q, p)
+    (mean, scale), (prior_mean, prior_scale) = (
+        (d.base_dist.loc, d.base_dist.scale) for d in (q, p)
+    )
+    squared_ratio = (scale / prior_scale).square()
+    distance = ((mean - prior_mean) / prior_scale).square()
+    return 0.5 * (squared_ratio + distance - 1 - squared_ratio.log()).flatten(1).sum(1)
+
+
+def weigh_kl(
+    kl: Tensor, beta: float = 1.0, free_bits: float = 0.0, share: Share | None = None
+) -> Tensor:
     """(L, B) KL as the objective counts it: beta max(free_bits, KL).
 
     Free bits are nats a level (Kingma et al. 2016): while a level's mean over the batch is below,
     it counts as that constant and has no gradient.
     """
     if free_bits > 0:
-        kl = torch.where(kl.mean(dim=1, keepdim=True) < free_bits, free_bits, kl)
+        mean = (share or Share(kl.shape[1])).mean(kl.detach()).unsqueeze(1)
+        kl = torch.where(mean < free_bits, free_bits, kl)
     return beta * kl
 
 
@@ -51,8 +86,8 @@ def reconstruction(model, x: Tensor, inference) -> Tensor:
 def skip_log_likelihood(model, x: Tensor, inference, rows: list, skip: str = "mean") -> Tensor:
     """log p(x|z_l) by the skip path of each level's posterior sample, Eq. 24's first term.
 
-    `rows[l]` selects the images whose level l is decoded: an index tensor, `slice(None)` for all,
-    None for none. Returns one row a path, the lowest level's first.
+    `rows[l]` are the images whose level l is decoded, `slice(None)` for all, None for none. Returns
+    one row a path, the lowest level's first.
 
     The first step of a path, the prior of the level below, is what the KL needs too and stands in
     `inference` already; the rest of all paths is one batched descent.
@@ -73,10 +108,13 @@ def skip_log_likelihood(model, x: Tensor, inference, rows: list, skip: str = "me
     return pixels.log_prob(torch.cat([x[s] for s in rows if s is not None]))
 
 
-def rewards(model, x: Tensor, inference, start: int = 0, skip: str = "mean", **kl_terms) -> Tensor:
+def rewards(
+    model, x: Tensor, inference, kl: Tensor, start: int = 0, skip: str = "mean", **kl_terms
+) -> Tensor:
     """(T - start, B): the rewards r_t of steps `start` to the last, Eq. 24.
 
-    r_t = log p(x|z^t) - sum_{s<=t} KL_s. `kl_terms` are `beta` and `free_bits` of `weigh_kl`.
+    r_t = log p(x|z^t) - sum_{s<=t} KL_s. `kl` is `level_kl(inference)`, `kl_terms` are what
+    `weigh_kl` takes beside it.
     """
     order = list(model.order)
     wanted = order[start:]
@@ -84,8 +122,7 @@ def rewards(model, x: Tensor, inference, start: int = 0, skip: str = "mean", **k
     log_px = skip_log_likelihood(model, x, inference, rows, skip).view(len(wanted), -1)
     position = {level: i for i, level in enumerate(sorted(wanted))}
     log_px = log_px[[position[level] for level in wanted]]
-    kl = weigh_kl(level_kl(inference), **kl_terms)
-    return log_px - kl[order].cumsum(dim=0)[start:]
+    return log_px - weigh_kl(kl, **kl_terms)[order].cumsum(dim=0)[start:]
 
 
 def q_value(rewards: Tensor, gamma: float) -> Tensor:
@@ -117,16 +154,18 @@ def elbo_loss(model, x: Tensor, **kl_terms) -> Loss:
 def stepwise_loss(model, x: Tensor, step: int, gamma: float, skip="mean", **kl_terms) -> Loss:
     """-Q_step: one of the T updates that Algorithm 1 makes with a batch, each inferring afresh."""
     inference = model.infer(x)
-    r = rewards(model, x, inference, step, skip, **kl_terms)
-    return Loss(-q_value(r, gamma).mean(), level_kl(inference).detach().mean(dim=1))
+    kl = level_kl(inference)
+    r = rewards(model, x, inference, kl, step, skip, **kl_terms)
+    return Loss(-q_value(r, gamma).mean(), kl.detach().mean(dim=1))
 
 
 def joint_loss(model, x: Tensor, gamma: float, skip: str = "mean", **kl_terms) -> Loss:
     """-sum_t Q_t, the whole gradient of Eq. 28 in one update."""
     inference = model.infer(x)
-    r = rewards(model, x, inference, 0, skip, **kl_terms)
+    kl = level_kl(inference)
+    r = rewards(model, x, inference, kl, 0, skip, **kl_terms)
     total = sum(w * reward for w, reward in zip(path_weights(len(r), gamma), r, strict=True))
-    return Loss(-total.mean(), level_kl(inference).detach().mean(dim=1))
+    return Loss(-total.mean(), kl.detach().mean(dim=1))
 
 
 def path_counts(images: int, weights: list[float]) -> list[int]:
@@ -147,73 +186,60 @@ def path_counts(images: int, weights: list[float]) -> list[int]:
 
 
 def sampled_log_likelihood(
-    model, x: Tensor, inference, weights: list[float], skip: str, permutation: Tensor | None
-) -> list[tuple[Tensor, Tensor]]:
-    """One skip path an image: for each step the images that take its path, n_i of them in
-    proportion to the step's weight, and their log p(x|z^i), (n_i,).
+    model, x: Tensor, inference, weights: list[float], share: Share, skip: str
+) -> Tensor:
+    """An estimate of sum_l weights[l] E log p(x|z_l) over a batch of which x is a share, from one
+    skip path an image: n_l images go down from level l, in proportion to its weight.
 
-    The batch is shuffled by `permutation`, drawn if None, so that every image has the same chance
-    n_i / B of each path: w_i times the mean over the n_i is an unbiased estimate of w_i times the
-    mean over the batch. Fixed counts keep every shape fixed.
+    Which they are their order decides. It has to be random, as in every batch of `data.shuffled`:
+    then each image has the same chance of each path, and the weight times the mean over the n_l is
+    without bias. Numbers and places are fixed, and so are all shapes.
     """
-    if permutation is None:
-        permutation = torch.randperm(len(x), device=x.device)
-    rows_of_step = permutation.split(path_counts(len(x), weights))
-    step_of_level = {level: step for step, level in enumerate(model.order)}
-    rows = [rows_of_step[step_of_level[level]] for level in range(model.levels)]
-    log_px = skip_log_likelihood(model, x, inference, rows, skip).split([len(r) for r in rows])
-    return [(rows[level], log_px[level]) for level in model.order]
+    counts = path_counts(share.whole, weights)
+    ends = list(itertools.accumulate(counts))
+    rows = [share.rows(end - n, end) for end, n in zip(ends, counts, strict=True)]
+    log_px = skip_log_likelihood(model, x, inference, rows, skip)  # in the order of x
+    of_level = zip(weights, counts, rows, strict=True)
+    return sum(w * share.whole / n * log_px[part].sum() for w, n, part in of_level) / len(x)
 
 
-def sampled_loss(
-    model,
-    x: Tensor,
-    gamma: float,
-    skip: str = "mean",
-    permutation: Tensor | None = None,
-    **kl_terms,
-) -> Loss:
+def sampled_loss(model, x: Tensor, gamma: float, skip: str = "mean", **kl_terms) -> Loss:
     """An unbiased estimate of `joint_loss` at about the price of the ELBO: one path an image.
 
-    A batch smaller than the number of levels takes all paths.
+    x has to be in random order, see `sampled_log_likelihood`. A batch smaller than the number of
+    levels takes all paths.
     """
-    if len(x) < model.levels:
+    share = kl_terms.get("share") or Share(len(x))
+    if share.whole < model.levels:
         return joint_loss(model, x, gamma, skip, **kl_terms)
-    weights = path_weights(model.levels, gamma)
+    weights, order = path_weights(model.levels, gamma), list(model.order)
     inference = model.infer(x)
-    paths = sampled_log_likelihood(model, x, inference, weights, skip, permutation)
     kl = level_kl(inference)
-    kl_until = weigh_kl(kl, **kl_terms)[list(model.order)].cumsum(dim=0)  # (T, B) sum_{s<=t} KL_s
-    total = sum(
-        weight * (log_px - kl_until[step, rows]).mean()
-        for step, (weight, (rows, log_px)) in enumerate(zip(weights, paths, strict=True))
-    )
-    return Loss(-total, kl.detach().mean(dim=1))
+    # What all images have inferred is known, so that only what they decode is sampled.
+    kl_until = weigh_kl(kl, **kl_terms)[order].cumsum(dim=0)  # (T, B) sum_{s<=t} KL_s
+    paid = sum(w * until for w, until in zip(weights, kl_until, strict=True)).mean()
+    weight_of_level = [weights[order.index(level)] for level in range(model.levels)]
+    log_px = sampled_log_likelihood(model, x, inference, weight_of_level, share, skip)
+    return Loss(paid - log_px, kl.detach().mean(dim=1))
 
 
 # --------------------------------------------------------------------------------------------------
 # Losses of the baselines
 
 
-def ivae_loss(
-    model,
-    x: Tensor,
-    skip: str = "mean",
-    sampled: bool = False,
-    permutation: Tensor | None = None,
-    **kl_terms,
-) -> Loss:
+def ivae_loss(model, x: Tensor, skip: str = "mean", sampled: bool = False, **kl_terms) -> Loss:
     """Informative hierarchical VAE (Li et al. 2022), Eq. 39: the ELBO whose reconstruction is the
     mean of log p(x|z_l) over the skip paths of all levels.
 
-    `sampled` estimates that mean as `sampled_loss` does, by one path an image, unbiased.
+    `sampled` estimates that mean as `sampled_loss` does, by one path an image of an x in random
+    order, unbiased.
     """
+    share = kl_terms.get("share") or Share(len(x))
     inference = model.infer(x)
     kl = level_kl(inference)
-    if sampled and len(x) >= model.levels:
+    if sampled and share.whole >= model.levels:
         even = [1 / model.levels] * model.levels
-        paths = sampled_log_likelihood(model, x, inference, even, skip, permutation)
-        log_px = sum(log_px.mean() for _, log_px in paths) / model.levels
+        log_px = sampled_log_likelihood(model, x, inference, even, share, skip)
     else:
         every = [slice(None)] * model.levels
         log_px = skip_log_likelihood(model, x, inference, every, skip).mean()
