@@ -25,11 +25,13 @@ from torch import Tensor
 
 import mine
 import models
+import parallel
 import rewards
 import tables
 from data import (
     Data,
     UserError,
+    first_images,
     in_order,
     load,
     observed,
@@ -40,7 +42,7 @@ from data import (
 )
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 
 
 @contextlib.contextmanager
@@ -55,17 +57,32 @@ def seeded(device: torch.device, seed: int = 0) -> Iterator[None]:
 # Representations and the probe
 
 
+def own_batches(images: Tensor, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """The batches of `in_order` that are this process's, of several."""
+    return in_order(images, device, first=parallel.RANK, of=parallel.SIZE)
+
+
 @torch.no_grad()
-def latents(model: models.Network, images: Tensor, sample: bool = False) -> Iterator[list[Tensor]]:
+def latents(
+    model: models.Network, images: Tensor, sample: bool = False, seed: int = 0
+) -> Iterator[tuple[int, list[Tensor]]]:
     """Batch by batch the representation of uint8 images at each level, bottom to top, on the
     model's device: the posterior mean given the means of the levels it is conditioned on, of the
-    grey or colour image; with `sample` a sample of the posterior instead."""
-    for batch in in_order(images, model.zero.device):
-        yield model.infer(to_unit(batch), sample=sample).latents
+    grey or colour image; with `sample` a sample of the posterior instead. Each comes with the
+    number of the batch's first image. Of several processes each gets some of the batches."""
+    device = model.zero.device
+    for start, batch in own_batches(images, device):
+        with seeded(device, seed + start) if sample else contextlib.nullcontext():
+            found = model.infer(to_unit(batch), sample=sample).latents
+        yield start, found
 
 
 def representations(
-    model: models.Network, images: Tensor, sample: bool = False, widest: int | None = None
+    model: models.Network,
+    images: Tensor,
+    sample: bool = False,
+    widest: int | None = None,
+    seed: int = 0,
 ) -> list[Tensor]:
     """Each level's representation (N, D) of uint8 images, bottom to top, on the model's device.
 
@@ -77,15 +94,12 @@ def representations(
             z = F.adaptive_avg_pool2d(z, max(1, math.isqrt(widest // z.shape[1])))
         return z.flatten(1)
 
-    out: list[Tensor] = []
-    done = 0
-    for batch in latents(model, images, sample):
-        batch = [flat(z) for z in batch]
-        out = out or [z.new_empty(len(images), z.shape[1]) for z in batch]
+    widths = [flat(model.zero.expand(1, *shape)).shape[1] for shape in model.latent_shapes]
+    out = [model.zero.new_zeros(len(images), width) for width in widths]
+    for start, batch in latents(model, images, sample, seed):
         for whole, part in zip(out, batch, strict=True):
-            whole[done : done + len(part)] = part
-        done += len(batch[0])
-    return out
+            whole[start : start + len(part)] = flat(part)
+    return [parallel.total(whole) for whole in out]
 
 
 def principal_components(
@@ -143,12 +157,12 @@ def probes(model: models.Network, data: Data) -> dict[str, float]:
         [level.cpu().numpy() for level in representations(model, images, widest=WIDEST)]
         for images in (data.train, data.test)
     )
-    found = {
-        f"z{level + 1}": linear_probe(train[level], labels[0], test[level], labels[1])
-        for level in range(model.levels)
-    }
-    whole = np.concatenate(train, axis=1), np.concatenate(test, axis=1)
-    return found | {"all": linear_probe(whole[0], labels[0], whole[1], labels[1])}
+    names = [f"z{level + 1}" for level in range(model.levels)] + ["all"]
+    found = torch.zeros(len(names), dtype=torch.float64)
+    for i in range(parallel.RANK, len(names), parallel.SIZE):  # each process some of them
+        views = [z[i] if i < len(z) else np.concatenate(z, axis=1) for z in (train, test)]
+        found[i] = linear_probe(views[0], labels[0], views[1], labels[1])
+    return dict(zip(names, parallel.total(found).tolist(), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,12 +180,14 @@ ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active (B
 def active_units(model: models.Network, images: Tensor, threshold: float = ACTIVE) -> list[int]:
     """How many dimensions of each level have a posterior mean whose variance over the images
     exceeds the threshold, bottom to top."""
-    sums: list[list[Tensor]] = []
-    for batch in latents(model, images):
-        z = [level.flatten(1).double() for level in batch]
-        moments = [torch.stack([v.sum(0), v.square().sum(0)]) for v in z]
-        sums = moments if not sums else [a + b for a, b in zip(sums, moments, strict=True)]
-    means = (total / len(images) for total in sums)
+    device = model.zero.device
+    sums = [torch.zeros(2, math.prod(shape), dtype=torch.float64, device=device)
+            for shape in model.latent_shapes]  # fmt: skip
+    for _, batch in latents(model, images):
+        for level, z in zip(sums, batch, strict=True):
+            z = z.flatten(1).double()
+            level += torch.stack([z.sum(0), z.square().sum(0)])
+    means = (parallel.total(level) / len(images) for level in sums)
     return [int((square - mean.square() > threshold).sum()) for mean, square in means]
 
 
@@ -182,27 +198,29 @@ def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int
     One posterior sample an image, skip paths by the prior means; "iwae" is the importance-weighted
     bound with `samples` samples, None where that is 0.
     """
-    device = model.zero.device
-    kl, log_px, iwae = [], [], []
-    with seeded(device, seed):
-        for batch in in_order(images, device):
+    device, levels = model.zero.device, model.levels
+    sums = torch.zeros(2 * levels + 1, dtype=torch.float64, device=device)
+    for start, batch in own_batches(images, device):
+        with seeded(device, seed + start):
             x = observed(batch)
             inference = model.infer(x)
-            kl.append(rewards.level_kl(inference))
-            below = [None] * model.levels  # those that level l leaves to the priors: below[:l]
+            below = [None] * levels  # those that level l leaves to the priors: below[:l]
             paths = [
                 model.generate(below[:level] + inference.latents[level:]).log_prob(x)
-                for level in range(model.levels)
+                for level in range(levels)
             ]
-            log_px.append(torch.stack(paths))
+            values = [*rewards.level_kl(inference), *paths]
             if samples:
-                iwae.append(rewards.importance_weighted_bound(model, x, samples, 2 * len(x)))
-    kl, log_px = torch.cat(kl, dim=1).double(), torch.cat(log_px, dim=1).double()
+                bound = rewards.importance_weighted_bound(model, x, samples, 2 * len(x))
+                values.append(bound)
+            sums[: len(values)] += torch.stack([v.double().sum() for v in values])
+    *means, iwae = (parallel.total(sums) / len(images)).tolist()
+    kl, log_px = means[:levels], means[levels:]
     return {
-        "kl": kl.mean(dim=1).tolist(),
-        "log_px_given_z": log_px.mean(dim=1).tolist(),
-        "elbo": (log_px[0] - kl.sum(dim=0)).mean().item(),
-        "iwae": torch.cat(iwae).double().mean().item() if samples else None,
+        "kl": kl,
+        "log_px_given_z": log_px,
+        "elbo": log_px[0] - sum(kl),
+        "iwae": iwae if samples else None,
     }
 
 
@@ -210,9 +228,8 @@ def level_information(model: models.Network, data: Data, level: int, seed: int =
     """MINE between grey images and posterior samples of a level: trained on the training split,
     measured on the test split; {"nats", "ceiling"}."""
     device = model.zero.device
-    with seeded(device, seed):
-        z = representations(model, data.train, sample=True)[level]
-        z_test = representations(model, data.test, sample=True)[level]
+    z = representations(model, data.train, sample=True, seed=seed)[level]
+    z_test = representations(model, data.test, sample=True, seed=seed + len(data.train))[level]
     held_out = data.test.to(device), z_test
     estimate = mine.mutual_information(data.train.to(device), z, held_out, seed=seed)
     return {"nats": estimate.nats, "ceiling": estimate.ceiling}
@@ -359,6 +376,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def command(args: argparse.Namespace) -> None:
     """What the command line asks for."""
+    if parallel.SIZE > 1:
+        raise UserError("evaluate.py is one process: start it with python, not torchrun")
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: the bound needs at least 1")
     if not 10 <= args.dpi <= 1200:
@@ -390,20 +409,25 @@ def command(args: argparse.Namespace) -> None:
         device, loaded = pick_device(args.device), {}
 
         def data_for(config: dict) -> Data:  # each data set once
-            key = tuple(config.get(name) for name in ("dataset", "data_dir", "image_size"))
+            names = ("dataset", "data_dir", "image_size", "train_images")
+            key = tuple(config.get(name) for name in names)
             if key not in loaded:
-                loaded[key] = data_of(config, args, device)
+                loaded[key] = place(data_of(config, args.data_dir), device, args.device_data)
             return loaded[key]
 
         for line in figures.draw(runs, args.figures, data_for, device, args.dpi):
             print(line, flush=True)
 
 
-def data_of(config: dict, args: argparse.Namespace, device: torch.device) -> Data:
+def data_of(config: dict, data_dir: str | None = None) -> Data:
     """The data set of a run's configuration."""
-    data = load(config["dataset"], args.data_dir or config["data_dir"],
-                image_size=config.get("image_size"))  # fmt: skip
-    return place(data, device, args.device_data)
+    data = load(
+        config["dataset"],
+        data_dir or config["data_dir"],
+        image_size=config.get("image_size"),
+        unlabelled=config.get("unlabelled", False),
+    )
+    return first_images(data, config.get("train_images"))
 
 
 def levels_of_mine(args: argparse.Namespace, levels: int) -> tuple[int, ...]:
@@ -422,7 +446,7 @@ def opened(folder: Path, args: argparse.Namespace) -> tuple[dict, models.Network
     state, device = load_checkpoint(folder), pick_device(args.device)
     model, name = restore_model(state), state["config"]["dataset"]
     levels_of_mine(args, model.levels)  # what cannot be is said before any data are read
-    data = data_of(state["config"], args, device)
+    data = place(data_of(state["config"], args.data_dir), device, args.device_data)
     if tuple(data.train.shape[1:]) != tuple(model.config.image):
         raise UserError(f"{folder} was trained on other images than {name} now has")
     return state, model.to(device), data

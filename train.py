@@ -3,6 +3,8 @@
 python train.py --arch lvae --rl --gamma 0.9
 python train.py --arch hvae --rl --dataset fashionmnist --out runs/mine
 python train.py --resume runs/mine
+torchrun --nproc-per-node 2 train.py --arch lvae --rl
+python train.py --bench --arch lvae --dataset fashionmnist
 """
 
 import argparse
@@ -14,18 +16,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 import evaluate
 import models
+import parallel
 import rewards
 from data import (
     DATASETS,
@@ -33,9 +35,8 @@ from data import (
     Data,
     UserError,
     image_shape,
-    load,
+    keep_freed_memory,
     observed,
-    pick_device,
     pick_dtype,
     place,
     shuffled,
@@ -44,6 +45,7 @@ from data import (
 )
 from evaluate import CHECKPOINT, FORMAT
 
+UPDATES = ("stepwise", "joint", "sampled")
 CHECK_EVERY = 20  # updates between looks at the losses: each look waits for the device
 
 # --------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ def parser() -> evaluate.Parser:
     p.add_argument("--ivae", action="store_true",
                    help="or the objective of the informative hierarchical VAE (Eq. 39)")
     p.add_argument("--gamma", type=float, help="discount of later rewards, 0 to 1 (default 0.9)")
-    p.add_argument("--update", choices=("stepwise", "joint", "sampled"),
+    p.add_argument("--update", choices=UPDATES,
                    help="with --rl: one step for each Q_t, inferring afresh (Algorithm 1); one for "
                    "their sum; or one for an unbiased sample of the sum, one path an image. "
                    "--ivae has the last two")
@@ -105,6 +107,15 @@ def parser() -> evaluate.Parser:
     p.add_argument("--save-every", type=float, help="seconds between checkpoints (default 60)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
                    help="of the network's arithmetic; auto is bfloat16 where the processor has it")
+    p.add_argument("--compile", action="store_true",
+                   help="compile each update, on CUDA with CUDA graphs: a minute at the start")
+    p.add_argument("--accumulate", type=int, metavar="N",
+                   help="take every batch in N parts, one after another, for little memory")
+    p.add_argument("--train-images", type=int, metavar="N",
+                   help="train, and fit the probe, on the first N training images")
+    p.add_argument("--bench", action="store_true",
+                   help="train nothing: time every kind of update beside the literal Algorithm 1")
+    p.add_argument("--json", action="store_true", help="with --bench: one line of JSON")
     # fmt: on
     return p
 
@@ -117,6 +128,8 @@ MAY_CHANGE = {
     "eval_every",
     "save_every",
     "out",
+    "compile",
+    "accumulate",
 }  # on --resume
 
 
@@ -127,6 +140,7 @@ def defaults(given: dict) -> dict:
         data_dir="data", image_size=None, unlabelled=False, device="auto", device_data="auto",
         size="small", latents=None, levels=None, channels=None, batch_size=128, warmup=0,
         free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, save_every=60.0, dtype="auto",
+        compile=False, accumulate=1, train_images=None,
     )  # fmt: skip
     config |= given
     if config["size"] == "paper":
@@ -175,8 +189,8 @@ def check(config: dict) -> None:
         raise UserError("--update stepwise is for --rl: --ivae takes joint or sampled")
     if not 0 <= config["gamma"] <= 1:
         raise UserError(f"--gamma {config['gamma']}: a discount lies from 0 to 1")
-    for key in ("epochs", "batch_size", "lr"):
-        if not 0 < config[key] < math.inf:
+    for key in ("epochs", "batch_size", "lr", "accumulate", "train_images"):
+        if config[key] is not None and not 0 < config[key] < math.inf:
             raise UserError(f"--{key.replace('_', '-')} {config[key]}: must be above 0")
     if config["seed"] >= 2**32:
         raise UserError(f"--seed {config['seed']}: must be below 2^32")
@@ -214,13 +228,25 @@ class Run:
         self.epoch = self.batch = self.update = 0  # the batch to come; the updates made
         self.seconds = 0.0  # of training, evaluation left out
         self.metrics_bytes = 0  # of metrics.jsonl that belong to this state
-        self.losses = objectives(config, self.model.levels)
+        self.losses, compiled = objectives(config, self.model.levels), []
+        if config["compile"]:
+            # CUDA graphs write where they wrote before, so that no gradients can add up there.
+            graphs = device.type == "cuda" and config["accumulate"] == 1 and parallel.SIZE == 1
+            mode = "reduce-overhead" if graphs else None
+            compiled = [torch.compile(loss, dynamic=False, mode=mode) for loss in self.losses]
+        self.objective = parallel.distributed(
+            parallel.Objective(self.model, self.losses, compiled),
+            each_uses_all=len(self.optimizers) == 1,
+        )
+        self.dtype = pick_dtype(config["dtype"], device)
         # Since the epoch's start: the number of batches, the sum of each loss, the sums of the KLs.
         size = 1 + len(self.losses) + self.model.levels
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
 
     def save(self) -> None:
         """Writes beside and renames: whatever happens, the checkpoint before stays whole."""
+        if not parallel.FIRST:
+            return
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {
             "format": FORMAT,
@@ -250,11 +276,15 @@ class Run:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError):
             raise UserError(f"{self.folder / CHECKPOINT} does not fit this train.py") from None
+        if not parallel.FIRST:
+            return
         with contextlib.suppress(FileNotFoundError):  # lines after the checkpoint come again
             metrics = self.folder / "metrics.jsonl"
             os.truncate(metrics, min(self.metrics_bytes, metrics.stat().st_size))
 
     def log(self, line: dict) -> None:
+        if not parallel.FIRST:
+            return
         path = self.folder / "metrics.jsonl"
         with writing(path, replace=False), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -306,15 +336,47 @@ def kl_terms(config: dict, progress: float) -> dict[str, float]:
     return {"beta": beta, "free_bits": free_bits}
 
 
+def descend(run: Run, images: Tensor, rows: Tensor, terms: dict) -> Tensor:
+    """The updates by one batch, the `rows` of uint8 images: a step for each of the run's losses.
+
+    Returns the mean over the batch of each loss and each level's KL, (losses + L,). The gradients
+    of a batch's parts, and of the processes' shares of a part, add up to those of the batch.
+    """
+    compiled = run.config["compile"] and len(rows) == run.config["batch_size"]
+    if compiled:  # a number would be part of the program, and each another one
+        beta = torch.tensor(terms["beta"], dtype=torch.float64, device=run.device)
+        terms = terms | {"beta": beta}
+    parts = []
+    for part in range(min(run.config["accumulate"], len(rows))):
+        of_part = rows[part :: run.config["accumulate"]]
+        share = parallel.Share(len(of_part))
+        with parallel.same_noise(share):
+            x = observed(take(images, share.of_rows(of_part), run.device))
+        shared = {"share": share} if parallel.SIZE > 1 else {}
+        parts.append((x, share, len(x) * share.of / len(rows), terms | shared))
+    means = torch.zeros(len(run.losses) + run.model.levels, device=run.device)
+    for which, optimizer in zip(range(len(run.losses)), itertools.cycle(run.optimizers)):
+        optimizer.zero_grad()
+        for part, (x, share, weight, kl_terms) in enumerate(parts):
+            whole = part == len(parts) - 1
+            with parallel.keeping_gradients(run.objective, not whole), parallel.same_noise(share):
+                with torch.autocast(run.device.type, run.dtype, run.dtype != torch.float32):
+                    value, kl = run.objective(which, x, compiled, **kl_terms)
+                (value * weight).backward()
+            means[which] += value.detach() * weight
+            means[len(run.losses) :] += kl * (weight / len(run.losses))
+        optimizer.step()
+        run.update += 1
+    return parallel.total(means) / parallel.SIZE
+
+
 def train(run: Run, data: Data, bar: tqdm) -> None:
     """Trains until the last epoch. A stop that was asked for saves and raises SystemExit."""
-    config, model, device = run.config, run.model, run.device
-    dtype = pick_dtype(config["dtype"], device)
-    steps = list(zip(run.losses, itertools.cycle(run.optimizers)))
+    config, model = run.config, run.model
     images = data.to_train_on
     batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
     last_save, started = time.monotonic(), time.monotonic() - run.seconds
-    recent: list[tuple[int, int, Tensor]] = []  # epoch, update and loss, not looked at yet
+    recent: list[tuple[int, int, Tensor]] = []  # epoch, update and losses, not looked at yet
 
     def fail(what: str, epoch: int, update: int) -> NoReturn:
         raise UserError(
@@ -324,55 +386,60 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
 
     def look() -> None:
         """Stops at a loss or a parameter that is not finite, before it can be saved."""
-        values = torch.stack([loss for *_, loss in recent]).tolist() if recent else []
-        for (epoch, update, _), value in zip(recent, values, strict=True):
-            if not math.isfinite(value):
-                fail(f"the loss is {value}", epoch, update)
-            bar.set_postfix(loss=f"{value:.1f}", refresh=False)
+        values = torch.stack([losses for *_, losses in recent]).tolist() if recent else []
+        for (epoch, update, _), of_batch in zip(recent, values, strict=True):
+            for value in of_batch:
+                if not math.isfinite(value):
+                    fail(f"the loss is {value}", epoch, update)
+            bar.set_postfix(loss=f"{of_batch[-1]:.1f}", refresh=False)
         recent.clear()
         if not torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all():
             fail("a parameter is not finite", run.epoch + 1, run.update)
 
-    with Stop() as stop:
+    with Stop() as stop, parallel.StuckAfterSignal(), tf32(run.device):
         while run.epoch < config["epochs"]:
-            x = observed(take(images, batches[run.batch], device))
             terms = kl_terms(config, run.epoch + run.batch / len(batches))
-            values, kls = [], []
-            for loss_of, optimizer in steps:
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    with parametrize.cached():  # each normalised weight once, not once a path
-                        value, kl = loss_of(model, x, **terms)
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                run.update += 1
-                values.append(value.detach())
-                kls.append(kl)
-                recent.append((run.epoch + 1, run.update, values[-1]))
-            means = torch.cat([torch.stack(values), torch.stack(kls).mean(dim=0)])
+            means = descend(run, images, batches[run.batch], terms)
+            recent.append((run.epoch + 1, run.update, means[: len(run.losses)]))
             run.sums += torch.cat([torch.ones_like(means[:1]), means])
             run.batch += 1
             bar.update()
-            if len(recent) >= CHECK_EVERY:
+            ended = run.batch == len(batches)
+            check = ended or len(recent) * len(run.losses) >= CHECK_EVERY
+            if check:
                 look()
-            if run.batch == len(batches):
-                look()
+            if ended:
                 run.seconds = time.monotonic() - started
                 end_of_epoch(run, data, terms, bar)
                 run.epoch, run.batch = run.epoch + 1, 0
                 started = time.monotonic() - run.seconds
                 batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
-            done = run.epoch == config["epochs"]
-            if done or stop.signal or time.monotonic() - last_save >= config["save_every"]:
+            done, stopping = run.epoch == config["epochs"], stop.signal is not None
+            due = done or time.monotonic() - last_save >= config["save_every"]
+            if parallel.SIZE > 1:  # all have to agree, which takes them a moment
+                stopping, due = parallel.any_of([stopping, due]) if check else (False, False)
+            if due or stopping:
                 look()
                 run.seconds = time.monotonic() - started
                 run.save()
                 last_save = time.monotonic()
-            if stop.signal and not done:
+            if stopping and not done:
                 bar.close()
-                print(f"stopped in epoch {run.epoch + 1} after update {run.update}")
-                print(f"go on with: python train.py --resume {run.folder}")
-                raise SystemExit(128 + stop.signal)
+                say(f"stopped in epoch {run.epoch + 1} after update {run.update}")
+                say(f"go on with: python train.py --resume {run.folder}")
+                raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """What is left of float32 matrix products in training may take CUDA's faster TF32."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def end_of_epoch(run: Run, data: Data, terms: dict, bar: tqdm) -> None:
@@ -395,12 +462,20 @@ def end_of_epoch(run: Run, data: Data, terms: dict, bar: tqdm) -> None:
         text += f"  test: ELBO {test['elbo']:.2f}"
         text += f", z_L probe {test['probe']:.2f} %" if "probe" in test else ""
     run.log(line)
+    if not parallel.FIRST:
+        return
     if measure or epoch % max(1, config["epochs"] // 20) == 0:
         bar.write(text)
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
+
+
+def say(*lines: str) -> None:
+    """Prints, in one of several processes."""
+    if parallel.FIRST:
+        print(*lines, sep="\n", flush=True)
 
 
 def introduce(run: Run, data: Data) -> None:
@@ -421,21 +496,23 @@ def introduce(run: Run, data: Data) -> None:
         objective = "reconstruction, discriminator, and the encoder against it"
     warmup = f"KL warm-up of {c['warmup']} epochs" if c["warmup"] else "no KL warm-up"
     free = f", {c['free_bits']} nats free bits for {c['free_bits_epochs']} epochs"
-    dtype = str(pick_dtype(c["dtype"], run.device)).removeprefix("torch.")
+    dtype = str(run.dtype).removeprefix("torch.")
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
-    print(
+    processes = f", one of {parallel.SIZE} processes" if parallel.SIZE > 1 else ""
+    how = ", compiled" if c["compile"] else ""
+    parts = f" in {c['accumulate']} parts" if c["accumulate"] > 1 else ""
+    say(
         f"model     {c['arch']}, {c['size']}, levels {','.join(m.latents)} from the pixels up, "
         f"{m.channels} channels, {parameters:.2f} M parameters\n"
         f"objective {objective}, {warmup}{free if c['free_bits'] else ''}\n"
         f"data      {c['dataset']}, {len(data.to_train_on):,} training and {len(data.test):,} test "
         f"images of {'x'.join(map(str, m.image))}, {len(data.classes) or 'no'} classes\n"
-        f"training  {c['epochs']} epochs, batches of {c['batch_size']}, Adam at {c['lr']:g}, "
-        f"seed {c['seed']}\n"
-        f"device    {run.device}{threads}, {dtype}\n"
+        f"training  {c['epochs']} epochs, batches of {c['batch_size']}{parts}, Adam at "
+        f"{c['lr']:g}, seed {c['seed']}\n"
+        f"device    {run.device}{threads}, {dtype}{how}{processes}\n"
         f"paper     levels {','.join(paper['latents'])}, {paper['channels']} channels, batches of "
         f"{paper_batch}, Adam at 0.0003, {schedule} (--size paper)\n"
-        f"writes to {run.folder}",
-        flush=True,
+        f"writes to {run.folder}"
     )
 
 
@@ -485,49 +562,70 @@ def idle(config: dict, flags: dict) -> list[str]:
 
 def command(flags: dict) -> None:
     """A run from its flags to its evaluation."""
-    config, state = prepare(flags)
+    config, state = parallel.of_first(lambda: prepare(flags))
     network(config)  # what cannot be built is said before any data are read
-    device = pick_device(config["device"])
-    data = load(config["dataset"], config["data_dir"], image_size=config["image_size"],
-                unlabelled=config["unlabelled"])  # fmt: skip
+    device = parallel.own_device(config["device"])
+    with parallel.one_before_others():
+        data = evaluate.data_of(config)
     data = place(data, device, config["device_data"])
     run = Run(config, device)
-    folder = run.folder
     if state is not None:
         run.restore(state)
-    else:
-        with writing(folder, replace=False):
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "eval.json", CHECKPOINT):
-                (folder / name).unlink(missing_ok=True)
-        run.save()
-    evaluate.write_json(folder / "config.json", config)
+    parallel.of_first(lambda: make_folder(run, new=state is None))
     introduce(run, data)
     for flag in idle(config, flags):
-        print(f"note      --{flag.replace('_', '-')} has no effect here")
+        say(f"note      --{flag.replace('_', '-')} has no effect here")
     if run.epoch < config["epochs"]:
-        (folder / "eval.json").unlink(missing_ok=True)
         batches = math.ceil(len(data.to_train_on) / config["batch_size"])
         interval = 0.5 if sys.stderr.isatty() else 15  # seconds between lines of the bar
         with tqdm(total=config["epochs"] * batches, initial=run.epoch * batches + run.batch,
-                  unit="batch", mininterval=interval, dynamic_ncols=True) as bar:  # fmt: skip
+                  unit="batch", mininterval=interval, dynamic_ncols=True,
+                  disable=not parallel.FIRST) as bar:  # fmt: skip
             train(run, data, bar)
-    if not (folder / "eval.json").exists():
-        print("evaluating", flush=True)
-        result = evaluate.report(folder, config, run.epoch, run.model, data)
-        evaluate.write_json(folder / "eval.json", result)
-    print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
-    print(evaluate.table(json.loads((folder / "eval.json").read_text())))
+    kept = run.folder / "eval.json"
+    if parallel.of_first(lambda: not kept.exists()):
+        say("evaluating")
+        result = evaluate.report(run.folder, config, run.epoch, run.model, data)
+        parallel.of_first(lambda: evaluate.write_json(kept, result))
+    if parallel.FIRST:
+        print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
+        print(evaluate.table(json.loads(kept.read_text())))
+
+
+def make_folder(run: Run, new: bool) -> None:
+    """The run's folder, without what belongs to another run or state."""
+    with writing(run.folder, replace=False):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        stale = ["metrics.jsonl", CHECKPOINT] if new else []
+        if new or run.epoch < run.config["epochs"]:
+            stale.append("eval.json")
+        for name in stale:
+            (run.folder / name).unlink(missing_ok=True)
+    if new:
+        run.save()
+    evaluate.write_json(run.folder / "config.json", run.config)
 
 
 def main(argv: list[str] | None = None) -> None:
     p = parser()
     flags = vars(p.parse_args(argv))
+    keep_freed_memory()
     try:
-        command(flags)
+        if flags.pop("bench", False):
+            import bench
+
+            bench.command(flags)
+            return
+        if flags.pop("json", False):
+            raise UserError("--json is for --bench")
+        with parallel.group():
+            command(flags)
     except UserError as error:
         p.error(str(error))
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().splitlines()[0]
+            p.error(f"--compile: PyTorch's compiler fails here ({reason}): leave it out")
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         p.error("out of memory: lower --batch-size, --channels or --latents, or --update sampled")
