@@ -189,7 +189,9 @@ class Residual(nn.Module):
             x = F.interpolate(x, size=(self.size, self.size))
         out = self.second(F.relu(self.first(F.relu(x)), inplace=True))
         if self.stride > 1:
-            x = F.avg_pool2d(x, self.stride, ceil_mode=True)
+            # There is no padding to count, but unless told so, compiled gradients of the last row
+            # and column come out wrong where the size is odd (pytorch/pytorch#198119).
+            x = F.avg_pool2d(x, self.stride, ceil_mode=True, count_include_pad=False)
         return x + out
 
 

@@ -58,7 +58,8 @@ def group() -> Iterator[None]:
             raise
         raise UserError(lost()) from None
     finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:  # else it might wait for the lost
+        together = sys.exc_info()[0] in (None, SystemExit)  # else it might wait for the lost one
+        if dist.is_initialized() and together:
             dist.destroy_process_group()
 
 
@@ -226,6 +227,8 @@ class Objective(nn.Module):
 
     def forward(self, which: int, x: Tensor, compiled: bool, **terms: Any) -> rewards.Loss:
         if compiled:
+            if x.is_cuda:
+                torch.compiler.cudagraph_mark_step_begin()
             return self.compiled[which](self.model, x, **terms)
         with parametrize.cached():  # each normalised weight once, not once a path
             return self.losses[which](self.model, x, **terms)

@@ -344,7 +344,7 @@ def descend(run: Run, images: Tensor, rows: Tensor, terms: dict) -> Tensor:
     """
     compiled = run.config["compile"] and len(rows) == run.config["batch_size"]
     if compiled:  # a number would be part of the program, and each another one
-        beta = torch.tensor(terms["beta"], dtype=torch.float64, device=run.device)
+        beta = torch.full((), terms["beta"], dtype=torch.float64, device=run.device)
         terms = terms | {"beta": beta}
     parts = []
     for part in range(min(run.config["accumulate"], len(rows))):
