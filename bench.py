@@ -92,19 +92,19 @@ def literal(run: train.Run, images: Tensor) -> Callable[[Tensor], None]:
 
 
 def ways(config: dict, device: torch.device, images: Tensor) -> dict[str, Way]:
-    """Those that the architecture has, and the one that was asked for."""
-    wanted = {"elbo": {"rl": False, "ivae": False}}
-    asked = "elbo"
-    if config["arch"] in ("hvae", "lvae", "vae"):
-        kinds = {k: {"rl": True, "ivae": False, "update": k} for k in train.UPDATES}
-        wanted = {"literal": {"rl": True, "ivae": False, "update": "stepwise"}, **kinds, **wanted}
-        asked = config["update"] if config["rl"] else "elbo"
-    if config["arch"] == "aae" or config["ivae"]:
-        asked = "aae" if config["arch"] == "aae" else "ivae"
-        wanted = {asked: {}} if asked == "aae" else wanted | {asked: {}}
+    """Those that the architecture has."""
+    if config["arch"] == "aae":
+        wanted = {"aae": {}}
+    else:
+        wanted = {"elbo": {"rl": False, "ivae": False}}
+        if config["arch"] != "biva":
+            rl = {k: {"rl": True, "ivae": False, "update": k} for k in train.UPDATES}
+            wanted = {"literal": rl["stepwise"], **rl, **wanted}
+        if config["ivae"]:
+            wanted["ivae"] = {}
     found = {}
-    for name in sorted(wanted, key=lambda name: name == asked):  # that one last: it is the extra
-        run = train.Run(config | wanted[name] | {"compile": config["compile"]}, device)
+    for name, flags in wanted.items():
+        run = train.Run(config | flags, device)
         if name == "literal":
             found[name] = Way(run, literal(run, images), run.model.levels, torch.float32)
             continue
@@ -114,7 +114,7 @@ def ways(config: dict, device: torch.device, images: Tensor) -> dict[str, Way]:
             train.descend(run, images, rows, terms)
 
         found[name] = Way(run, batch, len(run.losses), run.dtype)
-    return {name: found[name] for name in wanted}
+    return found
 
 
 def synchronize(device: torch.device) -> None:

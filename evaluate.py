@@ -254,6 +254,15 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
+def ended(config: dict, epoch: int, batch: int, seconds: float) -> bool:
+    """Whether a run has come to its end: --epochs, or the epoch's end that is nearest --minutes."""
+    if batch:
+        return False
+    limit = config.get("minutes")
+    time_is_up = limit is not None and epoch > 0 and seconds * (1 + 0.5 / epoch) >= 60 * limit
+    return time_is_up or epoch >= config["epochs"]
+
+
 def restore_model(state: dict) -> models.Network:
     """The model of a checkpoint, on the CPU."""
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()}
@@ -467,9 +476,12 @@ def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict | None:
         if not (folder / CHECKPOINT).exists():
             raise UserError(f"{folder} has neither eval.json nor {CHECKPOINT}: train.py makes both")
         state = load_checkpoint(folder)
-        epoch, epochs = state["epoch"], state["config"]["epochs"]
-        if epoch < epochs:
-            print(f"left out: {folder} has done {epoch} of {epochs} epochs", file=sys.stderr)
+        config, epoch = state["config"], state["epoch"]
+        if not ended(config, epoch, state["batch"], state["seconds"]):
+            whole = f"{config['epochs']} epochs"
+            if config.get("minutes"):
+                whole = f"{config['minutes']:g} minutes"
+            print(f"left out: {folder} has done {epoch} epochs, not {whole}", file=sys.stderr)
             return None
         write_json(path, evaluate_run(folder, args))
     result = tables.read_json(path, ("probe", "kl", "bpd", "mine"))

@@ -2307,6 +2307,23 @@ def test_stepwise_makes_one_update_a_level():
     assert not ivae.keywords["sampled"]
 
 
+def test_a_run_of_some_minutes_ends_with_the_nearest_epoch(few, tmp_path, capsys):
+    config = {"epochs": 9, "minutes": 2}
+    for epoch, seconds, expected in [(1, 79, False), (1, 81, True), (4, 106, False), (4, 107, True),
+                                     (9, 1, True), (8, 1, False)]:  # fmt: skip
+        assert evaluate.ended(config, epoch, 0, seconds) == expected, (epoch, seconds)
+    assert not evaluate.ended(config, 9, 3, 1e9)  # in the middle of an epoch
+    assert not evaluate.ended({"epochs": 9}, 8, 0, 1e9)  # of before there were minutes
+    out = str(tmp_path / "run")
+    train.main([*TINY, "--minutes", "1e-6", "--batch-size", "64", "--out", out])
+    assert state_of(out)["epoch"] == 1 and "1e-06 minutes" in capsys.readouterr().out
+    train.main(["--resume", out, "--minutes", "1", "--epochs", "3"])
+    assert state_of(out)["epoch"] == 3
+    Path(out, "eval.json").unlink()
+    evaluate.main([out, "--table"])
+    assert "LVAE" in capsys.readouterr().out
+
+
 TRAIN_MISTAKES = [
     (["--arch", "gan"], "invalid choice: 'gan'"),
     (["--gamma", "1.5"], "gamma 1.5: a discount lies from 0 to 1"),
@@ -2329,6 +2346,7 @@ TRAIN_MISTAKES = [
     (["--epochs", "many"], "invalid int value"),
     (["--batch-size", "-1"], "--batch-size -1"),
     (["--lr", "inf"], "--lr inf"),
+    (["--minutes", "0"], "--minutes 0.0: must be above 0"),
     (["--accumulate", "0"], "--accumulate 0: must be above 0"),
     (["--train-images", "0"], "--train-images 0: must be above 0"),
     (["--warmup", "-1"], "--warmup -1: must not be negative"),
@@ -3081,6 +3099,7 @@ def test_a_batch_in_parts_is_the_batch(no_noise, objective, parts):
     assert not torch.equal(found["stem.weight"], a_run(*objective).model.stem.weight)
 
 
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 def test_compiled_updates_are_the_updates(no_noise):
     """One program for all batches, though the KL's weight changes; a smaller last one goes
     without."""
@@ -3091,15 +3110,18 @@ def test_compiled_updates_are_the_updates(no_noise):
 
 
 def test_a_compiler_that_fails_is_named(few, tmp_path, monkeypatch, capsys):
+    class NoCompiler(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
     def fails_to_compile(*args, **kwargs):
         def call(*args, **kwargs):
-            raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, OSError("no g++"), None)
+            raise NoCompiler("no C++ compiler\nand more")
 
         return call
 
     monkeypatch.setattr(torch, "compile", fails_to_compile)
     flags = [*TINY, "--compile", "--batch-size", "64", "--epochs", "1", "--out", str(tmp_path)]
-    fails(capsys, flags, "--compile.*leave it out")
+    fails(capsys, flags, r"--compile.*\(no C\+\+ compiler\): leave it out")
 
 
 def test_the_literal_algorithm_of_the_benchmark(no_noise, fixed_noise):

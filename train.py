@@ -90,6 +90,8 @@ def parser() -> evaluate.Parser:
                    help="1 to 10: 8 dimensions at the top, doubling downwards to at most 128")
     p.add_argument("--channels", type=int, help="feature maps of every layer")
     p.add_argument("--epochs", type=int, help="passes over the training images")
+    p.add_argument("--minutes", type=float,
+                   help="or train for so long, to the end of the nearest epoch")
     p.add_argument("--batch-size", type=int, help="images an update (default 128)")
     p.add_argument("--lr", type=float, help="Adam's learning rate")
     p.add_argument("--warmup", type=int, help="epochs in which the KL's weight rises from 0 to 1")
@@ -122,6 +124,7 @@ def parser() -> evaluate.Parser:
 
 MAY_CHANGE = {
     "epochs",
+    "minutes",
     "data_dir",
     "device",
     "device_data",
@@ -140,7 +143,7 @@ def defaults(given: dict) -> dict:
         data_dir="data", image_size=None, unlabelled=False, device="auto", device_data="auto",
         size="small", latents=None, levels=None, channels=None, batch_size=128, warmup=0,
         free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, save_every=60.0, dtype="auto",
-        compile=False, accumulate=1, train_images=None,
+        compile=False, accumulate=1, train_images=None, minutes=None,
     )  # fmt: skip
     config |= given
     if config["size"] == "paper":
@@ -160,6 +163,8 @@ def defaults(given: dict) -> dict:
             # digits, on colour images, and bottom-up for some seeds on grey images too.
             slow = colour or config["arch"] == "hvae"
             config["warmup"] = 20 if digits else 1 if slow else 0
+    if config["minutes"] is not None:
+        config["epochs"] = 1_000_000
     config |= given
     if config["free_bits_epochs"] is None:
         config["free_bits_epochs"] = config["epochs"]
@@ -189,7 +194,7 @@ def check(config: dict) -> None:
         raise UserError("--update stepwise is for --rl: --ivae takes joint or sampled")
     if not 0 <= config["gamma"] <= 1:
         raise UserError(f"--gamma {config['gamma']}: a discount lies from 0 to 1")
-    for key in ("epochs", "batch_size", "lr", "accumulate", "train_images"):
+    for key in ("epochs", "minutes", "batch_size", "lr", "accumulate", "train_images"):
         if config[key] is not None and not 0 < config[key] < math.inf:
             raise UserError(f"--{key.replace('_', '-')} {config[key]}: must be above 0")
     if config["seed"] >= 2**32:
@@ -242,6 +247,10 @@ class Run:
         # Since the epoch's start: the number of batches, the sum of each loss, the sums of the KLs.
         size = 1 + len(self.losses) + self.model.levels
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
+
+    @property
+    def ended(self) -> bool:
+        return evaluate.ended(self.config, self.epoch, self.batch, self.seconds)
 
     def save(self) -> None:
         """Writes beside and renames: whatever happens, the checkpoint before stays whole."""
@@ -396,8 +405,9 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
         if not torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all():
             fail("a parameter is not finite", run.epoch + 1, run.update)
 
+    over = parallel.any_of([run.ended])[0]
     with Stop() as stop, parallel.StuckAfterSignal(), tf32(run.device):
-        while run.epoch < config["epochs"]:
+        while not over:
             terms = kl_terms(config, run.epoch + run.batch / len(batches))
             means = descend(run, images, batches[run.batch], terms)
             recent.append((run.epoch + 1, run.update, means[: len(run.losses)]))
@@ -414,8 +424,9 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
                 run.epoch, run.batch = run.epoch + 1, 0
                 started = time.monotonic() - run.seconds
                 batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
-            done, stopping = run.epoch == config["epochs"], stop.signal is not None
-            due = done or time.monotonic() - last_save >= config["save_every"]
+                over = parallel.any_of([run.ended])[0]
+            stopping = stop.signal is not None
+            due = over or time.monotonic() - last_save >= config["save_every"]
             if parallel.SIZE > 1:  # all have to agree, which takes them a moment
                 stopping, due = parallel.any_of([stopping, due]) if check else (False, False)
             if due or stopping:
@@ -423,7 +434,7 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
                 run.seconds = time.monotonic() - started
                 run.save()
                 last_save = time.monotonic()
-            if stopping and not done:
+            if stopping and not over:
                 bar.close()
                 say(f"stopped in epoch {run.epoch + 1} after update {run.update}")
                 say(f"go on with: python train.py --resume {run.folder}")
@@ -464,7 +475,8 @@ def end_of_epoch(run: Run, data: Data, terms: dict, bar: tqdm) -> None:
     run.log(line)
     if not parallel.FIRST:
         return
-    if measure or epoch % max(1, config["epochs"] // 20) == 0:
+    every = 1 if config["minutes"] else max(1, config["epochs"] // 20)
+    if measure or epoch % every == 0:
         bar.write(text)
 
 
@@ -498,6 +510,7 @@ def introduce(run: Run, data: Data) -> None:
     free = f", {c['free_bits']} nats free bits for {c['free_bits_epochs']} epochs"
     dtype = str(run.dtype).removeprefix("torch.")
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    length = f"{c['minutes']:g} minutes" if c["minutes"] else f"{c['epochs']} epochs"
     processes = f", one of {parallel.SIZE} processes" if parallel.SIZE > 1 else ""
     how = ", compiled" if c["compile"] else ""
     parts = f" in {c['accumulate']} parts" if c["accumulate"] > 1 else ""
@@ -507,7 +520,7 @@ def introduce(run: Run, data: Data) -> None:
         f"objective {objective}, {warmup}{free if c['free_bits'] else ''}\n"
         f"data      {c['dataset']}, {len(data.to_train_on):,} training and {len(data.test):,} test "
         f"images of {'x'.join(map(str, m.image))}, {len(data.classes) or 'no'} classes\n"
-        f"training  {c['epochs']} epochs, batches of {c['batch_size']}{parts}, Adam at "
+        f"training  {length}, batches of {c['batch_size']}{parts}, Adam at "
         f"{c['lr']:g}, seed {c['seed']}\n"
         f"device    {run.device}{threads}, {dtype}{how}{processes}\n"
         f"paper     levels {','.join(paper['latents'])}, {paper['channels']} channels, batches of "
@@ -575,10 +588,11 @@ def command(flags: dict) -> None:
     introduce(run, data)
     for flag in idle(config, flags):
         say(f"note      --{flag.replace('_', '-')} has no effect here")
-    if run.epoch < config["epochs"]:
+    if not run.ended:
         batches = math.ceil(len(data.to_train_on) / config["batch_size"])
         interval = 0.5 if sys.stderr.isatty() else 15  # seconds between lines of the bar
-        with tqdm(total=config["epochs"] * batches, initial=run.epoch * batches + run.batch,
+        whole = None if config["minutes"] else config["epochs"] * batches
+        with tqdm(total=whole, initial=run.epoch * batches + run.batch,
                   unit="batch", mininterval=interval, dynamic_ncols=True,
                   disable=not parallel.FIRST) as bar:  # fmt: skip
             train(run, data, bar)
@@ -597,7 +611,7 @@ def make_folder(run: Run, new: bool) -> None:
     with writing(run.folder, replace=False):
         run.folder.mkdir(parents=True, exist_ok=True)
         stale = ["metrics.jsonl", CHECKPOINT] if new else []
-        if new or run.epoch < run.config["epochs"]:
+        if new or not run.ended:
             stale.append("eval.json")
         for name in stale:
             (run.folder / name).unlink(missing_ok=True)
