@@ -478,10 +478,10 @@ def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict | None:
         state = load_checkpoint(folder)
         config, epoch = state["config"], state["epoch"]
         if not ended(config, epoch, state["batch"], state["seconds"]):
-            whole = f"{config['epochs']} epochs"
+            done = f"{epoch} of {config['epochs']} epochs"
             if config.get("minutes"):
-                whole = f"{config['minutes']:g} minutes"
-            print(f"left out: {folder} has done {epoch} epochs, not {whole}", file=sys.stderr)
+                done = f"{state['seconds'] / 60:.1f} of {config['minutes']:g} minutes"
+            print(f"left out: {folder} has done {done}", file=sys.stderr)
             return None
         write_json(path, evaluate_run(folder, args))
     result = tables.read_json(path, ("probe", "kl", "bpd", "mine"))

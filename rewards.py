@@ -114,7 +114,7 @@ def rewards(
     """(T - start, B): the rewards r_t of steps `start` to the last, Eq. 24.
 
     r_t = log p(x|z^t) - sum_{s<=t} KL_s. `kl` is `level_kl(inference)`, `kl_terms` are what
-    `weigh_kl` takes beside it.
+    `paid` takes beside it.
     """
     order = list(model.order)
     wanted = order[start:]
@@ -122,7 +122,22 @@ def rewards(
     log_px = skip_log_likelihood(model, x, inference, rows, skip).view(len(wanted), -1)
     position = {level: i for i, level in enumerate(sorted(wanted))}
     log_px = log_px[[position[level] for level in wanted]]
-    return log_px - weigh_kl(kl, **kl_terms)[order].cumsum(dim=0)[start:]
+    return log_px - paid(model, kl, **kl_terms)[start:]
+
+
+def paid(model, kl: Tensor, pay: str = "inferred", **kl_terms) -> Tensor:
+    """(T, B): what the reward of each step pays, the KL of all levels inferred until then (Eq. 24),
+    or with `pay="upward"` of those among them from its own level up. Top-down that is the same;
+    bottom-up the levels below, whose samples the step's path does not use, then cost it nothing.
+    `kl_terms` are what `weigh_kl` takes beside the KL.
+    """
+    if pay not in ("inferred", "upward"):
+        raise ValueError(f"unknown pay {pay!r}: choose inferred or upward")
+    kl, order = weigh_kl(kl, **kl_terms), list(model.order)
+    if pay == "inferred":
+        return kl[order].cumsum(dim=0)
+    from_own = [[s for s in order[: t + 1] if s >= level] for t, level in enumerate(order)]
+    return torch.stack([kl[levels].sum(dim=0) for levels in from_own])
 
 
 def q_value(rewards: Tensor, gamma: float) -> Tensor:
@@ -216,11 +231,11 @@ def sampled_loss(model, x: Tensor, gamma: float, skip: str = "mean", **kl_terms)
     inference = model.infer(x)
     kl = level_kl(inference)
     # What all images have inferred is known, so that only what they decode is sampled.
-    kl_until = weigh_kl(kl, **kl_terms)[order].cumsum(dim=0)  # (T, B) sum_{s<=t} KL_s
-    paid = sum(w * until for w, until in zip(weights, kl_until, strict=True)).mean()
+    of_steps = paid(model, kl, **kl_terms)
+    cost = sum(w * of_step for w, of_step in zip(weights, of_steps, strict=True)).mean()
     weight_of_level = [weights[order.index(level)] for level in range(model.levels)]
     log_px = sampled_log_likelihood(model, x, inference, weight_of_level, share, skip)
-    return Loss(paid - log_px, kl.detach().mean(dim=1))
+    return Loss(cost - log_px, kl.detach().mean(dim=1))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -95,6 +95,10 @@ def paper(dataset: str, method: str, levels: int, gamma: float) -> dict[str, str
 METHODS = ("AAE", "VAE", "VAE+IVAE", "VAE+RL", "BIVA", "HVAE", "HVAE+IVAE", "HVAE+RL", "LVAE",
            "LVAE+IVAE", "LVAE+RL")  # fmt: skip
 # Settings that say where and how a run is computed, not what.
+ADDED = {  # settings of a run from before they could be chosen
+    "ivae": False, "pay": "inferred", "compile": False, "accumulate": 1, "train_images": None,
+    "minutes": None,
+}  # fmt: skip
 NOT_COMPARED = {"seed", "out", "data_dir", "device", "device_data", "eval_every", "save_every"}
 
 
@@ -112,17 +116,21 @@ class Run(NamedTuple):
     @property
     def settings(self) -> dict:
         """What makes two runs comparable: everything configured that has an effect."""
-        config = {"ivae": False} | self.config
+        config = ADDED | self.config
         idle = {"levels"}
         if not config["rl"]:
-            idle |= {"gamma"} if config["ivae"] else {"gamma", "update", "skip"}
+            idle |= {"gamma", "pay"} if config["ivae"] else {"gamma", "update", "skip", "pay"}
+        elif config["arch"] == "lvae":
+            idle.add("pay")
         if config["arch"] == "aae":
             idle |= {"warmup", "free_bits"}
         if not config["free_bits"] or "free_bits" in idle:
             idle.add("free_bits_epochs")
+        if config["minutes"] is not None:
+            idle.add("epochs")
         skipped = NOT_COMPARED | idle
         kept = {key: value for key, value in config.items() if key not in skipped}
-        if config["rl"] and config["epochs"] == max(1, round(1000 / self.levels)):
+        if config["rl"] and kept.get("epochs") == max(1, round(1000 / self.levels)):
             kept["epochs"] = "1000/L"  # the paper's rule is one setting, whatever L
         return kept | {"levels": self.levels}
 
@@ -216,6 +224,10 @@ def setting(key: str, value: object) -> str:
         return f"{value} levels"
     if key == "epochs":
         return f"{value} epochs"
+    if key == "minutes":
+        return "by epochs" if value is None else f"{value:g} minutes"
+    if key == "train_images":
+        return f"{value or 'all'} images"
     if isinstance(value, bool):
         return name if value else f"no {name}"
     return f"{name} {'of the preset' if value is None else value}"

@@ -715,6 +715,37 @@ def test_every_parameter_learns(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_what_a_step_pays(arch):
+    """By hand, each level's KL a number of its own; in the rewards, and in both kinds of sums."""
+    model, kl = types.SimpleNamespace(order=tiny(arch, 3).order), torch.tensor([[1.0], [10], [100]])
+    expected = {
+        "lvae": {"inferred": [100, 110, 111], "upward": [100, 110, 111]},
+        "hvae": {"inferred": [1, 11, 111], "upward": [1, 10, 100]},
+    }[arch]
+    for pay, values in expected.items():
+        assert rewards.paid(model, kl, pay).flatten().tolist() == values
+        assert rewards.paid(model, kl, pay, beta=0.5)[-1].item() == values[-1] / 2
+    with pytest.raises(ValueError, match="choose inferred or upward"):
+        rewards.paid(model, kl, "nothing")
+    model, x = tiny(arch, 3), images(6)
+
+    def at_same_noise(loss, **kwargs):
+        torch.manual_seed(5)
+        return loss(model, x, gamma=0.8, pay="upward", **kwargs).value
+
+    torch.manual_seed(5)
+    inference = model.infer(x)
+    kl = rewards.level_kl(inference)
+    r = rewards.rewards(model, x, inference, kl, pay="upward")
+    others = rewards.rewards(model, x, inference, kl)
+    below = kl.cumsum(0) - kl if arch == "hvae" else 0 * kl
+    assert_same(r, others + below)
+    steps = [rewards.q_value(r[t:], 0.8).mean() for t in range(3)]
+    assert_same(at_same_noise(rewards.stepwise_loss, step=1), -steps[1])
+    assert_same(at_same_noise(rewards.joint_loss), -sum(steps))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("terms", [{}, {"beta": 0.3}, {"free_bits": 0.2, "beta": 0.5}])
 def test_joint_is_the_sum_of_stepwise(arch, terms):
     model, x = tiny(arch, 5), images(3)
@@ -731,16 +762,17 @@ def test_joint_is_the_sum_of_stepwise(arch, terms):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("n, levels, gamma", [(3, 2, 0.9), (4, 3, 0.5), (4, 2, 1.0), (3, 3, 0.0)])
-def test_sampled_is_unbiased(arch, n, levels, gamma, fixed_noise):
+@pytest.mark.parametrize("pay", ["inferred", "upward"])
+def test_sampled_is_unbiased(arch, n, levels, gamma, pay, fixed_noise):
     """The exact expectation over all orders of the batch, value and gradient."""
     model, x = tiny(arch, levels), images(n)
     values, grads = [], []
     for permutation in itertools.permutations(range(n)):
-        loss = rewards.sampled_loss(model, x[list(permutation)], gamma)
+        loss = rewards.sampled_loss(model, x[list(permutation)], gamma, pay=pay)
         values.append(loss.value)
         grads.append(gradients(loss.value, model))
     assert torch.stack(values).std() > 1e-3  # the estimate does depend on the order
-    joint = rewards.joint_loss(model, x, gamma)
+    joint = rewards.joint_loss(model, x, gamma, pay=pay)
     assert_same(torch.stack(values).mean(), joint.value)
     mean = [torch.stack(g).mean(dim=0) for g in zip(*grads, strict=True)]
     assert_same(mean, gradients(joint.value, model))
@@ -2502,7 +2534,8 @@ def test_settings_that_make_a_configuration(tmp_path):
         ),
     )
     older = json.loads((same[1] / "config.json").read_text())
-    del older["ivae"]
+    for key in ("ivae", "pay", "compile", "accumulate", "train_images", "minutes"):
+        del older[key]
     (same[1] / "config.json").write_text(json.dumps(older))
     apart = write_run(tmp_path, "c", {"rl": True, "levels": 3, "skip": "sample", "epochs": 7})
 
@@ -2515,6 +2548,12 @@ def test_settings_that_make_a_configuration(tmp_path):
     assert three.label == "LVAE+RL, skip sample, 7 epochs, 3 levels"
     (alone,) = tables.groups([read(apart)])
     assert alone.label == "LVAE+RL"
+    timed = [write_run(tmp_path, f"timed{n}", {"rl": True, "arch": "hvae", "minutes": n, **more})
+             for n, more in ((1.5, {"train_images": 900}), (3.0, {"pay": "upward"}))]  # fmt: skip
+    assert [group.label for group in tables.groups([read(folder) for folder in timed])] == [
+        "HVAE+RL, pay inferred, 900 images, 1.5 minutes",
+        "HVAE+RL, pay upward, all images, 3 minutes",
+    ]
     rule = [write_run(tmp_path, f"rule{n}", {"rl": True, "size": "paper", "levels": n})
             for n in (3, 5, 8)]  # fmt: skip
     labels = [label for label, _ in tables.groups([read(folder) for folder in rule])]

@@ -73,6 +73,10 @@ def parser() -> evaluate.Parser:
                    "--ivae has the last two")
     p.add_argument("--skip", choices=("mean", "sample"),
                    help="skip paths take the priors' means, or a sample of each (default mean)")
+    p.add_argument("--pay", choices=("inferred", "upward"),
+                   help="what a step's reward pays: the KL of all levels inferred until then "
+                   "(Eq. 24, the default), or of those from its own level up: bottom-up only its "
+                   "own")
     p.add_argument("--dataset", choices=DATASETS, help="default digits, which is no download")
     p.add_argument("--data-dir", help="folder of the data sets (default data)")
     p.add_argument("--image-size", type=int, help="side of the images of --dataset folder "
@@ -139,7 +143,7 @@ MAY_CHANGE = {
 def defaults(given: dict) -> dict:
     """A full configuration: the flags given, the rest by --size, --dataset and --rl."""
     config = dict(
-        arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", dataset="digits",
+        arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", pay="inferred", dataset="digits",
         data_dir="data", image_size=None, unlabelled=False, device="auto", device_data="auto",
         size="small", latents=None, levels=None, channels=None, batch_size=128, warmup=0,
         free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, save_every=60.0, dtype="auto",
@@ -331,7 +335,7 @@ def objectives(config: dict, levels: int) -> list[Callable[..., rewards.Loss]]:
         return [partial(rewards.ivae_loss, skip=config["skip"], sampled=sampled)]
     if not config["rl"]:
         return [rewards.elbo_loss]
-    terms = {"gamma": config["gamma"], "skip": config["skip"]}
+    terms = {key: config[key] for key in ("gamma", "skip", "pay")}
     if config["update"] == "stepwise":
         return [partial(rewards.stepwise_loss, step=t, **terms) for t in range(levels)]
     loss = rewards.joint_loss if config["update"] == "joint" else rewards.sampled_loss
@@ -563,11 +567,11 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
 
 def idle(config: dict, flags: dict) -> list[str]:
     """The flags given that have no effect on this run."""
-    useless = {"gamma", "update", "skip"}
+    useless = {"gamma", "update", "skip", "pay"}
     if config["rl"]:
-        useless.clear()
+        useless = {"pay"} if config["arch"] == "lvae" else set()
     elif config["ivae"]:
-        useless = {"gamma"}
+        useless = {"gamma", "pay"}
     elif config["arch"] == "aae":
         useless |= {"warmup", "free_bits", "free_bits_epochs"}
     return sorted(useless & flags.keys())
