@@ -2319,7 +2319,7 @@ def test_settings_of_the_paper():
     assert train.defaults({"size": "paper", "ivae": True})["update"] == "joint"
     fashion = {"dataset": "fashionmnist"}  # the small preset warms up where the top is at risk
     for flags, warmup in (
-        ({"rl": True}, 20), ({"rl": True, "dataset": "cifar10"}, 1), ({"rl": True} | fashion, 0),
+        ({"rl": True}, 20), ({"rl": True, "dataset": "cifar10"}, 1), ({"rl": True} | fashion, 1),
         ({"rl": True, "arch": "hvae"} | fashion, 1), ({"ivae": True, "arch": "hvae"} | fashion, 1),
         ({"arch": "hvae"} | fashion, 0), ({}, 0),
     ):  # fmt: skip

@@ -163,10 +163,9 @@ def defaults(given: dict) -> dict:
         digits, colour = config["dataset"] == "digits", SHAPES[config["dataset"]][0] > 1
         config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 10 if colour else 20)
         if config["rl"] or config["ivae"]:
-            # Few images, or a decoder slow to listen, and the KL would win at the top: always on
-            # digits, on colour images, and bottom-up for some seeds on grey images too.
-            slow = colour or config["arch"] == "hvae"
-            config["warmup"] = 20 if digits else 1 if slow else 0
+            # The decoder is slow to listen, and until it does the KL would win at the top: always
+            # on digits and colour images, with some seeds on others too. About 240 updates' time.
+            config["warmup"] = 20 if digits else 1
     if config["minutes"] is not None:
         config["epochs"] = 1_000_000
     config |= given
