@@ -264,11 +264,15 @@ def ended(config: dict, epoch: int, batch: int, seconds: float) -> bool:
 
 
 def restore_model(state: dict) -> models.Network:
-    """The model of a checkpoint, on the CPU."""
+    """The model of a checkpoint that its run was measured by, on the CPU."""
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()}
     try:
         model = models.build(models.Config(**fields))
-        model.load_state_dict(state["model"])
+        weights = state["model"]
+        if state.get("ema") is not None:
+            ema = state["ema"].items()
+            weights = {k.removeprefix("module."): v for k, v in ema if k.startswith("module.")}
+        model.load_state_dict(weights)
     except (TypeError, RuntimeError, ValueError, KeyError):
         raise UserError("the checkpoint's model is not one that models.py builds") from None
     return model

@@ -131,6 +131,11 @@ def any_of(flags: list[bool]) -> list[bool]:
     return [count > 0 for count in total(torch.tensor(flags, dtype=torch.int64)).tolist()]
 
 
+def first_says(value: float) -> float:
+    """The first process's value."""
+    return total(torch.tensor(value if FIRST else 0.0, dtype=torch.float64)).item()
+
+
 def wait() -> None:
     """Until all processes have come here."""
     any_of([True])

@@ -97,7 +97,7 @@ METHODS = ("AAE", "VAE", "VAE+IVAE", "VAE+RL", "BIVA", "HVAE", "HVAE+IVAE", "HVA
 # Settings that say where and how a run is computed, not what.
 ADDED = {  # settings of a run from before they could be chosen
     "ivae": False, "pay": "inferred", "compile": False, "accumulate": 1, "train_images": None,
-    "minutes": None,
+    "minutes": None, "schedule": "constant", "ema": 0.0,
 }  # fmt: skip
 NOT_COMPARED = {"seed", "out", "data_dir", "device", "device_data", "eval_every", "save_every"}
 

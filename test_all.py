@@ -2158,7 +2158,7 @@ def metrics_of(folder) -> list[dict]:
 def assert_same_run(a, b) -> None:
     """Bit for bit the same parameters, optimiser, random state, sums and metrics."""
     one, two = state_of(a), state_of(b)
-    for key in ("model", "optimizers", "rng", "sums", "epoch", "batch", "update"):
+    for key in ("model", "ema", "optimizers", "rng", "sums", "epoch", "batch", "update"):
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
     assert metrics_of(a) == metrics_of(b)
 
@@ -2170,8 +2170,8 @@ def assert_same_run(a, b) -> None:
         ["--rl", "--update", "stepwise"],
         ["--rl", "--update", "joint"],
         ["--rl", "--update", "sampled", "--skip", "sample"],
-        ["--ivae"],
-        ["--arch", "aae", "--latents", "4"],
+        ["--ivae", "--schedule", "cosine", "--ema", "0.9"],
+        ["--arch", "aae", "--latents", "4", "--schedule", "cosine"],
     ],
 )
 def test_resume_equals_uninterrupted(few, tmp_path, monkeypatch, capsys, objective):
@@ -2198,6 +2198,8 @@ def test_resume_equals_uninterrupted(few, tmp_path, monkeypatch, capsys, objecti
         train.main(["--resume", out])
         assert_same_run(tmp_path / "whole", out)
         assert Path(out, "eval.json").exists()
+    if "cosine" in objective:  # whose learning rate depends on how long the run is to be
+        return
     # Fewer epochs first, then more of them, is the same run as well.
     out = str(tmp_path / "more")
     train.main([*flags, "--epochs", "1", "--out", out])
@@ -2356,6 +2358,40 @@ def test_a_run_of_some_minutes_ends_with_the_nearest_epoch(few, tmp_path, capsys
     assert "LVAE" in capsys.readouterr().out
 
 
+def test_the_learning_rate_falls_to_nothing():
+    config = {"schedule": "cosine", "epochs": 4, "minutes": None}
+    falls = [train.rate_factor(config, epoch, part, 0) for epoch in range(4) for part in (0, 0.5)]
+    assert falls == pytest.approx([0.5 + 0.5 * math.cos(math.pi * i / 8) for i in range(8)])
+    assert train.rate_factor(config, 4, 0, 0) == 0
+    timed = config | {"epochs": 10**6, "minutes": 1}
+    for epoch, part, seconds, done in [(0, 0.9, 0, 0), (1, 0.5, 20, 0.5), (2, 0, 40, 2 / 3),
+                                       (5, 0.5, 60, 1)]:  # fmt: skip
+        expected = 0.5 + 0.5 * math.cos(math.pi * done)
+        assert train.rate_factor(timed, epoch, part, seconds) == pytest.approx(expected, abs=1e-4)
+    assert train.rate_factor({"schedule": "constant"}, 3, 0.5, 9) == 1
+
+
+def test_the_moving_average_is_what_is_measured(few, tmp_path, monkeypatch):
+    """Against the average made by hand of the weights after every update."""
+    out, seen, descend = str(tmp_path), [], train.descend
+
+    def watched(run, *args):
+        means = descend(run, *args)
+        seen.append({k: v.clone() for k, v in run.model.state_dict().items()})
+        return means
+
+    monkeypatch.setattr(train, "descend", watched)
+    train.main([*TINY, "--ema", "0.7", "--epochs", "2", "--batch-size", "64", "--out", out])
+    average = seen[0]
+    for weights in seen[1:]:
+        average = {k: 0.7 * a + 0.3 * weights[k] for k, a in average.items()}
+    model = evaluate.restore_model(evaluate.load_checkpoint(tmp_path))
+    torch.testing.assert_close(dict(model.state_dict()), average)
+    torch.testing.assert_close(dict(state_of(out)["model"]), seen[-1], rtol=0, atol=0)
+    measured = json.loads((tmp_path / "eval.json").read_text())
+    assert measured["kl"] == pytest.approx(evaluate.densities(model, few.test)["kl"], rel=1e-6)
+
+
 TRAIN_MISTAKES = [
     (["--arch", "gan"], "invalid choice: 'gan'"),
     (["--gamma", "1.5"], "gamma 1.5: a discount lies from 0 to 1"),
@@ -2379,6 +2415,7 @@ TRAIN_MISTAKES = [
     (["--batch-size", "-1"], "--batch-size -1"),
     (["--lr", "inf"], "--lr inf"),
     (["--minutes", "0"], "--minutes 0.0: must be above 0"),
+    (["--ema", "1"], "--ema 1.0: a decay lies from 0 to below 1"),
     (["--accumulate", "0"], "--accumulate 0: must be above 0"),
     (["--train-images", "0"], "--train-images 0: must be above 0"),
     (["--warmup", "-1"], "--warmup -1: must not be negative"),
@@ -2534,7 +2571,7 @@ def test_settings_that_make_a_configuration(tmp_path):
         ),
     )
     older = json.loads((same[1] / "config.json").read_text())
-    for key in ("ivae", "pay", "compile", "accumulate", "train_images", "minutes"):
+    for key in tables.ADDED:
         del older[key]
     (same[1] / "config.json").write_text(json.dumps(older))
     apart = write_run(tmp_path, "c", {"rl": True, "levels": 3, "skip": "sample", "epochs": 7})

@@ -23,6 +23,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import evaluate
@@ -98,6 +99,11 @@ def parser() -> evaluate.Parser:
                    help="or train for so long, to the end of the nearest epoch")
     p.add_argument("--batch-size", type=int, help="images an update (default 128)")
     p.add_argument("--lr", type=float, help="Adam's learning rate")
+    p.add_argument("--schedule", choices=("constant", "cosine"),
+                   help="of the learning rate; cosine falls to 0 at the end (default constant)")
+    p.add_argument("--ema", type=float,
+                   help="measure a moving average of the weights, of this decay: 0.999 (default "
+                   "0, the weights themselves)")
     p.add_argument("--warmup", type=int, help="epochs in which the KL's weight rises from 0 to 1")
     p.add_argument("--free-bits", type=float, help="nats of each level's KL that cost nothing")
     p.add_argument("--free-bits-epochs", type=int, help="epochs of free bits (default: all)")
@@ -147,7 +153,7 @@ def defaults(given: dict) -> dict:
         data_dir="data", image_size=None, unlabelled=False, device="auto", device_data="auto",
         size="small", latents=None, levels=None, channels=None, batch_size=128, warmup=0,
         free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, save_every=60.0, dtype="auto",
-        compile=False, accumulate=1, train_images=None, minutes=None,
+        compile=False, accumulate=1, train_images=None, minutes=None, schedule="constant", ema=0.0,
     )  # fmt: skip
     config |= given
     if config["size"] == "paper":
@@ -195,6 +201,8 @@ def check(config: dict) -> None:
         raise UserError(f"{flag} is not defined for {arch}, since {why}: use --arch hvae or lvae")
     if config["ivae"] and config["update"] == "stepwise":
         raise UserError("--update stepwise is for --rl: --ivae takes joint or sampled")
+    if not 0 <= config["ema"] < 1:
+        raise UserError(f"--ema {config['ema']}: a decay lies from 0 to below 1")
     if not 0 <= config["gamma"] <= 1:
         raise UserError(f"--gamma {config['gamma']}: a discount lies from 0 to 1")
     for key in ("epochs", "minutes", "batch_size", "lr", "accumulate", "train_images"):
@@ -214,7 +222,7 @@ def check(config: dict) -> None:
 class Run:
     """Model, optimiser and where training stands; kept in checkpoint.pt."""
 
-    PLAIN = ("epoch", "batch", "update", "seconds", "metrics_bytes")
+    PLAIN = ("epoch", "batch", "update", "seconds", "epoch_seconds", "metrics_bytes")
 
     def __init__(self, config: dict, device: torch.device):
         self.config, self.device, self.folder = config, device, Path(config["out"])
@@ -233,8 +241,14 @@ class Run:
         self.optimizers = [
             torch.optim.Adam(p, fused=True, **s) for p, s in zip(parts, settings, strict=True)
         ]
+        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        self.averaged = None
+        if config["ema"]:
+            average = get_ema_multi_avg_fn(config["ema"])
+            self.averaged = AveragedModel(self.model, multi_avg_fn=average)
         self.epoch = self.batch = self.update = 0  # the batch to come; the updates made
         self.seconds = 0.0  # of training, evaluation left out
+        self.epoch_seconds = 0.0  # of these, until the epoch's start
         self.metrics_bytes = 0  # of metrics.jsonl that belong to this state
         self.losses, compiled = objectives(config, self.model.levels), []
         if config["compile"]:
@@ -252,6 +266,11 @@ class Run:
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
 
     @property
+    def measured(self) -> models.Network:
+        """The model that is evaluated: where one is kept, the moving average."""
+        return self.model if self.averaged is None else self.averaged.module
+
+    @property
     def ended(self) -> bool:
         return evaluate.ended(self.config, self.epoch, self.batch, self.seconds)
 
@@ -265,6 +284,7 @@ class Run:
             "config": self.config,
             "model_config": self.model.config._asdict(),
             "model": self.model.state_dict(),
+            "ema": None if self.averaged is None else self.averaged.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "sums": self.sums,
@@ -278,6 +298,8 @@ class Run:
     def restore(self, state: dict) -> None:
         try:
             self.model.load_state_dict(state["model"])
+            if self.averaged is not None:
+                self.averaged.load_state_dict(state["ema"])
             for optimizer, of_optimizer in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(of_optimizer)
             self.sums.copy_(state["sums"])
@@ -348,6 +370,17 @@ def kl_terms(config: dict, progress: float) -> dict[str, float]:
     return {"beta": beta, "free_bits": free_bits}
 
 
+def rate_factor(config: dict, epoch: int, batch: float, seconds: float) -> float:
+    """What --schedule makes of the learning rate, `batch` of an epoch's batches (0 to 1) into an
+    epoch, `seconds` the time that the epochs before it took."""
+    if config["schedule"] == "constant":
+        return 1.0
+    done = (epoch + batch) / config["epochs"]
+    if config["minutes"] is not None and epoch > 0:  # the first epoch's time is not known
+        done = max(done, seconds * (1 + batch / epoch) / (60 * config["minutes"]))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
 def descend(run: Run, images: Tensor, rows: Tensor, terms: dict) -> Tensor:
     """The updates by one batch, the `rows` of uint8 images: a step for each of the run's losses.
 
@@ -411,8 +444,14 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
     over = parallel.any_of([run.ended])[0]
     with Stop() as stop, parallel.StuckAfterSignal(), tf32(run.device):
         while not over:
-            terms = kl_terms(config, run.epoch + run.batch / len(batches))
+            part = run.batch / len(batches)
+            factor = rate_factor(config, run.epoch, part, run.epoch_seconds)
+            for optimizer, rate in zip(run.optimizers, run.rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * factor
+            terms = kl_terms(config, run.epoch + part)
             means = descend(run, images, batches[run.batch], terms)
+            if run.averaged is not None:
+                run.averaged.update_parameters(model)
             recent.append((run.epoch + 1, run.update, means[: len(run.losses)]))
             run.sums += torch.cat([torch.ones_like(means[:1]), means])
             run.batch += 1
@@ -427,6 +466,7 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
                 run.epoch, run.batch = run.epoch + 1, 0
                 started = time.monotonic() - run.seconds
                 batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
+                run.epoch_seconds = parallel.first_says(run.seconds)
                 over = parallel.any_of([run.ended])[0]
             stopping = stop.signal is not None
             due = over or time.monotonic() - last_save >= config["save_every"]
@@ -472,7 +512,7 @@ def end_of_epoch(run: Run, data: Data, terms: dict, bar: tqdm) -> None:
     text = f"epoch {epoch:4d}  loss {shown}  KL {levels}"
     measure = config["eval_every"] > 0 and epoch % config["eval_every"] == 0
     if measure:
-        test = line["test"] = evaluate.glance(run.model, data)
+        test = line["test"] = evaluate.glance(run.measured, data)
         text += f"  test: ELBO {test['elbo']:.2f}"
         text += f", z_L probe {test['probe']:.2f} %" if "probe" in test else ""
     run.log(line)
@@ -602,7 +642,7 @@ def command(flags: dict) -> None:
     kept = run.folder / "eval.json"
     if parallel.of_first(lambda: not kept.exists()):
         say("evaluating")
-        result = evaluate.report(run.folder, config, run.epoch, run.model, data)
+        result = evaluate.report(run.folder, config, run.epoch, run.measured, data)
         parallel.of_first(lambda: evaluate.write_json(kept, result))
     if parallel.FIRST:
         print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
