@@ -64,16 +64,22 @@ def own_batches(images: Tensor, device: torch.device) -> Iterator[tuple[int, Ten
 
 @torch.no_grad()
 def latents(
-    model: models.Network, images: Tensor, sample: bool = False, seed: int = 0
+    model: models.Network,
+    images: Tensor,
+    sample: bool = False,
+    seed: int = 0,
+    binarised: bool = False,
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Batch by batch the representation of uint8 images at each level, bottom to top, on the
     model's device: the posterior mean given the means of the levels it is conditioned on, of the
-    grey or colour image; with `sample` a sample of the posterior instead. Each comes with the
-    number of the batch's first image. Of several processes each gets some of the batches."""
+    grey or colour image, or of one draw of the `binarised` image; with `sample` a sample of the
+    posterior instead. Each comes with the number of the batch's first image. Of several processes
+    each gets some of the batches."""
     device = model.zero.device
     for start, batch in own_batches(images, device):
-        with seeded(device, seed + start) if sample else contextlib.nullcontext():
-            found = model.infer(to_unit(batch), sample=sample).latents
+        with seeded(device, seed + start) if sample or binarised else contextlib.nullcontext():
+            x = observed(batch) if binarised else to_unit(batch)
+            found = model.infer(x, sample=sample).latents
         yield start, found
 
 
@@ -83,6 +89,7 @@ def representations(
     sample: bool = False,
     widest: int | None = None,
     seed: int = 0,
+    binarised: bool = False,
 ) -> list[Tensor]:
     """Each level's representation (N, D) of uint8 images, bottom to top, on the model's device.
 
@@ -96,7 +103,7 @@ def representations(
 
     widths = [flat(model.zero.expand(1, *shape)).shape[1] for shape in model.latent_shapes]
     out = [model.zero.new_zeros(len(images), width) for width in widths]
-    for start, batch in latents(model, images, sample, seed):
+    for start, batch in latents(model, images, sample, seed, binarised):
         for whole, part in zip(out, batch, strict=True):
             whole[start : start + len(part)] = flat(part)
     return [parallel.total(whole) for whole in out]
@@ -145,8 +152,9 @@ def linear_probe(
 WIDEST = 1024  # numbers of a level that the probe takes: wider maps are averaged over squares
 
 
-def probes(model: models.Network, data: Data) -> dict[str, float]:
-    """The probe of each level and of all levels together: {"z1": ..., "zL": ..., "all": ...}.
+def probes(model: models.Network, data: Data, binarised: bool = False) -> dict[str, float]:
+    """The probe of each level and of all levels together: {"z1": ..., "zL": ..., "all": ...}, on
+    grey or colour images, or on the `binarised`.
 
     Empty where the images have no labels.
     """
@@ -154,8 +162,11 @@ def probes(model: models.Network, data: Data) -> dict[str, float]:
         return {}
     labels = data.train_labels.numpy(), data.test_labels.numpy()
     train, test = (
-        [level.cpu().numpy() for level in representations(model, images, widest=WIDEST)]
-        for images in (data.train, data.test)
+        [
+            level.cpu().numpy()
+            for level in representations(model, images, False, WIDEST, seed, binarised)
+        ]
+        for images, seed in ((data.train, 0), (data.test, len(data.train)))
     )
     names = [f"z{level + 1}" for level in range(model.levels)] + ["all"]
     found = torch.zeros(len(names), dtype=torch.float64)
@@ -279,7 +290,11 @@ def restore_model(state: dict) -> models.Network:
 
 
 def evaluate(
-    model: models.Network, data: Data, samples: int = 16, mine_levels: tuple[int, ...] = ()
+    model: models.Network,
+    data: Data,
+    samples: int = 16,
+    mine_levels: tuple[int, ...] = (),
+    binarised: bool = False,
 ) -> dict:
     """All measures of a model on a data set, as README.md lists them. `mine_levels` are 0-based.
 
@@ -292,6 +307,8 @@ def evaluate(
     result["mine"] = {
         f"z{level + 1}": level_information(model, data, level) for level in mine_levels
     }
+    if binarised:
+        result["probe_binarised"] = probes(model, data, binarised=True)
     return result
 
 
@@ -340,6 +357,9 @@ def table(result: dict) -> str:
         f"  importance-weighted bound ({result['iwae_samples']} samples) {result['iwae']:.2f} nats"
     )  # fmt: skip
     lines.append(f"{'all':>6} {probe.get('all', '-'):>8} {sum(result['kl']):8.3f}")
+    if result.get("probe_binarised"):
+        of_levels = "  ".join(f"{k} {v:.2f}" for k, v in result["probe_binarised"].items())
+        lines.append(f"probe % on binarised images: {of_levels}")
     lines.append(f"ELBO {result['elbo']:.2f} nats{iwae}  bpd {result['bpd']:.4f} (of the ELBO)")
     return "\n".join(lines)
 
@@ -378,6 +398,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=16,
                         help="of the importance-weighted bound (default 16)")
     parser.add_argument("--mine", action="store_true", help="mutual information of x and z_L")
+    parser.add_argument("--binarised", action="store_true",
+                        help="the probe on binarised images as well, one draw of each")
     parser.add_argument("--mine-levels", help="or of these levels, 1 the lowest: 1,5")
     # fmt: on
     args = parser.parse_args(argv)
@@ -462,6 +484,8 @@ def opened(folder: Path, args: argparse.Namespace) -> tuple[dict, models.Network
     data = place(data_of(state["config"], args.data_dir), device, args.device_data)
     if tuple(data.train.shape[1:]) != tuple(model.config.image):
         raise UserError(f"{folder} was trained on other images than {name} now has")
+    if args.binarised and model.config.image[0] > 1:
+        raise UserError(f"{folder} is of colour images: --binarised is for grey ones")
     return state, model.to(device), data
 
 
@@ -469,7 +493,8 @@ def evaluate_run(folder: Path, args: argparse.Namespace) -> dict:
     """The evaluation of a run's checkpoint."""
     state, model, data = opened(folder, args)
     levels = levels_of_mine(args, model.levels)
-    return report(folder, state["config"], state["epoch"], model, data, args.samples, levels)
+    options = args.samples, levels, args.binarised
+    return report(folder, state["config"], state["epoch"], model, data, *options)
 
 
 def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict | None:
@@ -491,10 +516,13 @@ def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict | None:
     result = tables.read_json(path, ("probe", "kl", "bpd", "mine"))
     levels = levels_of_mine(args, len(result["kl"]))
     missing = [level for level in levels if f"z{level + 1}" not in result["mine"]]
-    if missing:
+    binarise = args.binarised and "probe_binarised" not in result
+    if missing or binarise:
         _, model, data = opened(folder, args)
         for level in missing:
             result["mine"][f"z{level + 1}"] = level_information(model, data, level)
+        if binarise:
+            result["probe_binarised"] = probes(model, data, binarised=True)
         write_json(path, result)
     return result
 

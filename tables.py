@@ -239,6 +239,7 @@ def setting(key: str, value: object) -> str:
 MEASURES = {  # name: heading, decimals
     "probe": ("z_L probe %", 2),
     "all": ("all levels %", 2),
+    "binarised": ("binarised z_L %", 2),
     "mine": ("MINE nats", 2),
     "bpd": ("bpd", 3),
     "kl": ("KL z_L", 2),
@@ -252,6 +253,7 @@ def measures(run: Run) -> dict[str, float]:
     values = {
         "probe": e["probe"].get(top),
         "all": e["probe"].get("all"),
+        "binarised": e.get("probe_binarised", {}).get(top),
         "mine": e["mine"].get(top, {}).get("nats"),
         "bpd": e["bpd"],
         "kl": e["kl"][-1],

@@ -1258,6 +1258,34 @@ def test_probes_of_levels_and_of_all():
     assert found["all"] == pytest.approx(expected, abs=1)  # a in float64
 
 
+def test_probe_of_binarised_images(few, tmp_path, capsys):
+    """One draw of each pixel with its value as probability, in training and test anew, the same
+    each time; kept in eval.json, a column of its own in the table."""
+    pictures = torch.tensor([0, 64, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 40, 40)
+
+    class Sees(torch.nn.Module):
+        levels, latent_shapes, zero = 1, [(1600,)], torch.zeros(())
+
+        def infer(self, x, sample=True):
+            return models.Inference([], [], [x.flatten(1)])
+
+    grey, drawn, again = (
+        evaluate.representations(Sees(), pictures, binarised=b)[0] for b in (False, True, True)
+    )
+    assert torch.equal(grey.mul(255).round().to(torch.uint8), pictures.flatten(1))
+    assert torch.equal(drawn, again) and set(drawn.unique().tolist()) == {0.0, 1.0}
+    assert drawn.mean(dim=1).tolist() == pytest.approx([0, 64 / 255, 1], abs=0.04)
+    out = str(tmp_path / "run")
+    train.main([*TINY, "--epochs", "2", "--batch-size", "64", "--out", out])
+    evaluate.main([out, "--table", "--binarised"])
+    assert "binarised z_L %" in capsys.readouterr().out
+    kept = json.loads(Path(out, "eval.json").read_text())
+    model = evaluate.restore_model(evaluate.load_checkpoint(Path(out)))
+    assert kept["probe_binarised"] == evaluate.probes(model, few, binarised=True)
+    evaluate.main([out, "--binarised"])
+    assert "on binarised images: z1" in capsys.readouterr().out
+
+
 def test_mine_takes_images_as_they_are():
     x = torch.randint(0, 256, (400, 1, 4, 4), dtype=torch.uint8)
     z = x.flatten(1)[:, :2].float() / 255
