@@ -481,11 +481,11 @@ def opened(folder: Path, args: argparse.Namespace) -> tuple[dict, models.Network
     state, device = load_checkpoint(folder), pick_device(args.device)
     model, name = restore_model(state), state["config"]["dataset"]
     levels_of_mine(args, model.levels)  # what cannot be is said before any data are read
+    if args.binarised and model.config.image[0] > 1:
+        raise UserError(f"{folder} is of colour images: --binarised is for grey ones")
     data = place(data_of(state["config"], args.data_dir), device, args.device_data)
     if tuple(data.train.shape[1:]) != tuple(model.config.image):
         raise UserError(f"{folder} was trained on other images than {name} now has")
-    if args.binarised and model.config.image[0] > 1:
-        raise UserError(f"{folder} is of colour images: --binarised is for grey ones")
     return state, model.to(device), data
 
 

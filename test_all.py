@@ -1258,7 +1258,7 @@ def test_probes_of_levels_and_of_all():
     assert found["all"] == pytest.approx(expected, abs=1)  # a in float64
 
 
-def test_probe_of_binarised_images(few, tmp_path, capsys):
+def test_probe_of_binarised_images(few, tmp_path, monkeypatch, capsys):
     """One draw of each pixel with its value as probability, in training and test anew, the same
     each time; kept in eval.json, a column of its own in the table."""
     pictures = torch.tensor([0, 64, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 40, 40)
@@ -1284,6 +1284,9 @@ def test_probe_of_binarised_images(few, tmp_path, capsys):
     assert kept["probe_binarised"] == evaluate.probes(model, few, binarised=True)
     evaluate.main([out, "--binarised"])
     assert "on binarised images: z1" in capsys.readouterr().out
+    model.config = model.config._replace(image=(3, 28, 28))
+    monkeypatch.setattr(evaluate, "restore_model", lambda state: model)
+    fails(capsys, [out, "--binarised"], "is for grey", evaluate.main)
 
 
 def test_mine_takes_images_as_they_are():
