@@ -52,6 +52,10 @@ def group() -> Iterator[None]:
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
         yield
         wait()  # no one leaves while another still needs it
+    except ValueError as error:
+        if dist.is_initialized():
+            raise
+        raise UserError(f"{str(error).splitlines()[0]}: start with torchrun") from None
     except RuntimeError as error:  # gloo has no class of its own
         words = ("gloo", "nccl", "peer", "connection", "timed out")
         if not any(word in str(error).lower() for word in words):

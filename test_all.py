@@ -3143,6 +3143,15 @@ def test_a_process_that_is_stuck_ends_when_it_is_asked_to():
     assert stuck.returncode == 2 and "has lost another" in stuck.stderr
 
 
+def test_processes_without_torchrun_are_told_to_take_it(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MASTER_")}
+    alone = subprocess.run([sys.executable, "train.py", "--out", str(tmp_path)], cwd=HERE,
+                           env=environment | {"RANK": "1", "WORLD_SIZE": "2"},
+                           text=True, capture_output=True, check=False)  # fmt: skip
+    assert alone.returncode == 2 and len(alone.stderr.splitlines()) == 1
+    assert "MASTER_ADDR" in alone.stderr and "start with torchrun" in alone.stderr
+
+
 def test_mistakes_with_processes(few, tmp_path, monkeypatch, capsys):
     def nothing():
         raise data.UserError("no")

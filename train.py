@@ -393,20 +393,20 @@ def descend(run: Run, images: Tensor, rows: Tensor, terms: dict) -> Tensor:
         terms = terms | {"beta": beta}
     parts = []
     for part in range(min(run.config["accumulate"], len(rows))):
-        of_part = rows[part :: run.config["accumulate"]]
-        share = parallel.Share(len(of_part))
+        rows_of_part = rows[part :: run.config["accumulate"]]
+        share = parallel.Share(len(rows_of_part))
         with parallel.same_noise(share):
-            x = observed(take(images, share.of_rows(of_part), run.device))
+            x = observed(take(images, share.of_rows(rows_of_part), run.device))
         shared = {"share": share} if parallel.SIZE > 1 else {}
         parts.append((x, share, len(x) * share.of / len(rows), terms | shared))
     means = torch.zeros(len(run.losses) + run.model.levels, device=run.device)
     for which, optimizer in zip(range(len(run.losses)), itertools.cycle(run.optimizers)):
         optimizer.zero_grad()
-        for part, (x, share, weight, kl_terms) in enumerate(parts):
+        for part, (x, share, weight, of_part) in enumerate(parts):
             whole = part == len(parts) - 1
             with parallel.keeping_gradients(run.objective, not whole), parallel.same_noise(share):
                 with torch.autocast(run.device.type, run.dtype, run.dtype != torch.float32):
-                    value, kl = run.objective(which, x, compiled, **kl_terms)
+                    value, kl = run.objective(which, x, compiled, **of_part)
                 (value * weight).backward()
             means[which] += value.detach() * weight
             means[len(run.losses) :] += kl * (weight / len(run.losses))
