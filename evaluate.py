@@ -385,6 +385,10 @@ def main(argv: list[str] | None = None) -> None:
                         help="runs side by side, by their eval.json (made where it is missing): "
                         "mean and standard deviation over seeds, beside the paper's values")
     parser.add_argument("--markdown", action="store_true", help="with --table: as Markdown")
+    parser.add_argument("--after-epochs", type=int, metavar="N", help="with --table or --figures: "
+                        "runs as they were after N epochs, by the looks of train.py --eval-every")
+    parser.add_argument("--after-minutes", type=float, metavar="N",
+                        help="or at their last look within N minutes of training")
     parser.add_argument("--figures", type=Path, metavar="DIR",
                         help="write the paper's figures that the runs allow into this folder")
     parser.add_argument("--dpi", type=int, default=130, help="of the figures, 10 to 1200 "
@@ -417,6 +421,9 @@ def command(args: argparse.Namespace) -> None:
         raise UserError(f"--samples {args.samples}: the bound needs at least 1")
     if not 10 <= args.dpi <= 1200:
         raise UserError(f"--dpi {args.dpi}: choose from 10 to 1200")
+    after = args.after_epochs, args.after_minutes
+    if after != (None, None) and (None not in after or not (args.table or args.figures)):
+        raise UserError("--after-epochs or --after-minutes is for --table and --figures")
     if args.markdown and not args.table:
         raise UserError("--markdown is for --table")
     if args.out and (len(args.runs) > 1 or args.table or args.figures):
@@ -433,7 +440,8 @@ def command(args: argparse.Namespace) -> None:
     for folder in args.runs:
         result = kept_evaluation(folder, args)
         if result is not None:
-            runs.append(tables.read_run(folder, result))
+            run = tables.read_run(folder, result)
+            runs.append(run if after == (None, None) else tables.earlier(run, *after))
     if not runs:
         raise UserError("none of these runs has ended")
     if args.table:

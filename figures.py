@@ -398,12 +398,14 @@ def kl_of_levels(shown: list[Shown]) -> Figure:
 
 
 def curves(shown: list[Shown]) -> Figure:
-    """Training curves over the training time: KL of z_L, and of the test split ELBO and probe."""
-    points: dict[str, list[tuple[dict, list, list]]] = {}
+    """Training curves over the training time, and below over the epochs: KL of z_L, and of the
+    test split ELBO and probe."""
+    points: dict[str, list[tuple[dict, list, list, list]]] = {}
     for s, look in lines_of(shown):
         for nth, run in enumerate(s.runs):
             look = look | {"label": look["label"] if nth == 0 else None, "marker": None}
             minutes = [line["seconds"] / 60 for line in run.metrics]
+            epochs = [line["epoch"] for line in run.metrics]
             kl = [max(line["kl"][-1], FLOOR) for line in run.metrics]
             probe, elbo = (
                 [line.get("test", {}).get(name) for line in run.metrics]
@@ -417,24 +419,26 @@ def curves(shown: list[Shown]) -> Figure:
                 ("probe of $z_L$, %", probe),
                 ("ELBO, test images, nats", elbo),
             ):
-                pairs = [(x, y) for x, y in zip(minutes, values, strict=True) if y is not None]
-                if pairs:
-                    style = look | ({"marker": "o"} if len(pairs) == 1 else {})
+                whole = zip(minutes, epochs, values, strict=True)
+                known = [each for each in whole if each[-1] is not None]
+                if known:
+                    style = look | ({"marker": "o"} if len(known) == 1 else {})
                     points.setdefault(name, []).append(
-                        (style, *map(list, zip(*pairs, strict=True)))
+                        (style, *map(list, zip(*known, strict=True)))
                     )
     if not points:
         raise Missing("runs with their metrics.jsonl")
-    figure = Figure(figsize=(4.2 * len(points), 3.9), layout="constrained")
-    all_axes = figure.subplots(1, len(points), squeeze=False)[0]
-    for axes, (name, drawn) in zip(all_axes, points.items(), strict=True):
-        for style, x, y in drawn:
-            axes.plot(x, y, **style)
-        if name.startswith("KL"):
-            axes.set_yscale("log")
-        axes.set_xlim(left=0)
-        tidy(axes, "minutes of training", name)
-    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure = Figure(figsize=(4.2 * len(points), 6.9), layout="constrained")
+    all_axes = figure.subplots(2, len(points), squeeze=False)
+    for row, spent in enumerate(("minutes of training", "epochs")):
+        for axes, (name, drawn) in zip(all_axes[row], points.items(), strict=True):
+            for style, *x, y in drawn:
+                axes.plot(x[row], y, **style)
+            if name.startswith("KL"):
+                axes.set_yscale("log")
+            axes.set_xlim(left=0)
+            tidy(axes, spent, name)
+    handles, labels = all_axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 

@@ -165,6 +165,36 @@ def read_run(folder: Path, evaluation: dict) -> Run:
     return Run(folder, config, evaluation, metrics, config["arch"].upper() + objective)
 
 
+def earlier(run: Run, epochs: int | None = None, minutes: float | None = None) -> Run:
+    """The run as it was after so many epochs, or at its last look within so many minutes of
+    training, by the looks of --eval-every. UserError where it looked not then.
+
+    With a constant learning rate it counts as a run of that length, for that is what it was.
+    """
+    whole = run.evaluation
+    lines = [line for line in run.metrics if "test" in line and "elbo" in whole]
+    if minutes is None:
+        when, lines = f"after {epochs} epochs", [e for e in lines if e["epoch"] == epochs]
+    else:
+        when = f"within {minutes:g} minutes"
+        lines = [line for line in lines if line["seconds"] <= 60 * minutes]
+    if not lines:
+        raise UserError(f"{run.folder} did not look at the test split {when}: see --eval-every")
+    test, config = lines[-1]["test"], run.config
+    evaluation = {
+        "probe": {f"z{run.levels}": test["probe"]} if "probe" in test else {},
+        "kl": test["kl"],
+        "elbo": test["elbo"],
+        "bpd": whole["bpd"] * test["elbo"] / whole["elbo"],
+        "mine": {},
+    }
+    if config.get("schedule", "constant") == "constant":
+        length = {"epochs": epochs} if minutes is None else {}
+        config = config | {"minutes": minutes} | length
+    metrics = [line for line in run.metrics if line["epoch"] <= lines[-1]["epoch"]]
+    return run._replace(config=config, evaluation=evaluation, metrics=metrics)
+
+
 class Group(NamedTuple):
     """The seeds of one configuration."""
 
@@ -208,6 +238,8 @@ def groups(runs: list[Run], whatever: tuple[str, ...] = ()) -> list[Group]:
             for key in first.settings
             if key not in whatever and any(other.get(key) != first.settings[key] for other in same)
         ]
+        if first.settings["minutes"] is None and {"epochs", "minutes"} <= set(differing):
+            differing.remove("minutes")  # the number of epochs says it
         parts = [setting(key, first.settings[key]) for key in differing]
         found.append(Group(", ".join([first.method, *parts]), of_one))
 

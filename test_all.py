@@ -2535,6 +2535,7 @@ def write_run(root: Path, name: str, flags: dict, probe: float = 50.0, mine_nats
     evaluation = {
         "probe": {f"z{k + 1}": 80.0 - k for k in range(levels)} | {"all": 85.0, top: probe},
         "kl": [1.0] * (levels - 1) + [probe / 10],
+        "elbo": -240.0,
         "bpd": 0.4 + config["seed"] / 100,
         "mine": {} if mine_nats is None else {top: {"nats": mine_nats, "ceiling": 9.2103}},
     }
@@ -2628,6 +2629,52 @@ def test_settings_that_make_a_configuration(tmp_path):
     assert labels == ["LVAE+RL, 3 levels", "LVAE+RL, 5 levels", "LVAE+RL, 8 levels"]
     (whatever,) = tables.groups([read(folder) for folder in rule], whatever=("levels",))
     assert whatever.label == "LVAE+RL" and len(whatever.runs) == 3
+
+
+def test_runs_as_they_were(tmp_path, capsys):
+    """--after-epochs and --after-minutes take a look of --eval-every for the run: with it go the
+    settings that say how long it went on, unless the learning rate followed them."""
+    looks = [(1, 40.0, 60.0), (2, 80.0, 66.0), (4, 160.0, 70.0)]
+    flags = {"rl": True, "arch": "hvae"}
+    timed = write_run(tmp_path, "a", FASHION | flags | {"minutes": 3.0}, 71.0)
+    counted = write_run(tmp_path, "b", FASHION | flags | {"epochs": 4, "seed": 1}, 73.0)
+    joint = write_run(tmp_path, "c", FASHION | flags | {"epochs": 9, "update": "joint"}, 75.0)
+    for folder, shift in ((timed, 0.0), (counted, 2.0), (joint, 3.0)):
+        lines = [
+            {"epoch": epoch, "seconds": seconds, "kl": [1.0] * 5, "loss": 1.0,
+             "test": {"probe": probe + shift, "kl": [2.0] * 5, "elbo": -300.0}}
+            for epoch, seconds, probe in looks
+        ]  # fmt: skip
+        del lines[2]["test"]  # as the last line of a run
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines))
+
+    def rows(*argv):
+        evaluate.main([str(timed), str(counted), str(joint), "--table", "--json", *argv])
+        return {row["label"]: row for row in json.loads(capsys.readouterr().out)}
+
+    assert set(rows()) == {"HVAE+RL, 3 minutes, update sampled", "HVAE+RL, 9 epochs, update joint",
+                           "HVAE+RL, 4 epochs, update sampled"}  # fmt: skip
+    for argv, seconds, probe in ((("--after-epochs", "2"), 80.0, 66.0),
+                                 (("--after-minutes", "1.3"), 40.0, 60.0),
+                                 (("--after-minutes", "2"), 80.0, 66.0)):  # fmt: skip
+        found = rows(*argv)
+        assert set(found) == {"HVAE+RL, update sampled", "HVAE+RL, update joint"}
+        row = found["HVAE+RL, update sampled"]
+        assert row["seeds"] == [0, 1] and row["probe"]["values"] == [probe, probe + 2]
+        assert row["seconds"]["values"] == [seconds] * 2 and row["kl"]["mean"] == 2.0
+        assert row["bpd"]["values"] == pytest.approx([0.4 * 300 / 240, 0.41 * 300 / 240])
+        assert row["all"]["mean"] is None
+    config = json.loads((timed / "config.json").read_text()) | {"schedule": "cosine"}
+    (timed / "config.json").write_text(json.dumps(config))
+    assert "HVAE+RL, 3 minutes, schedule cosine, update sampled" in rows("--after-epochs", "2")
+
+    def mistake(words, *argv):
+        fails(capsys, [str(timed), *argv], words, main=evaluate.main)
+
+    for argv in (("--after-epochs", "3"), ("--after-epochs", "4"), ("--after-minutes", "0.5")):
+        mistake("a did not look at the test split .*: see --eval-every", *argv, "--table")
+    mistake("is for --table and --figures", "--after-epochs", "2")
+    mistake("is for --table", "--after-epochs", "2", "--after-minutes", "2", "--table")
 
 
 def test_values_of_the_paper():
@@ -2840,6 +2887,11 @@ def test_figures_of_metrics_need_no_checkpoint_and_no_data(tmp_path, capsys):
     said = capsys.readouterr().out
     names = {p.name.removesuffix("-fashionmnist.png") for p in (tmp_path / "figures").iterdir()}
     assert names == {"fig6-depth", "fig7-kl", "curves"}
+    shown = [tables.read_run(Path(run), tables.read_json(Path(run, "eval.json"), ()))
+             for run in runs]  # fmt: skip
+    drawn = figures.curves([figures.Shown(group, None, None) for group in tables.groups(shown)])
+    x = [axes.lines[0].get_xdata().tolist() for axes in drawn.axes]  # minutes above, epochs below
+    assert x == [[0.5, 61 / 60], [61 / 60], [61 / 60], [1, 2], [2], [2]]
     assert said.count("not made") == 4 and "needs a run with its checkpoint" in said
     (tmp_path / "file").write_text("")
     fails(capsys, [*runs, "--figures", str(tmp_path / "file")], "cannot write .*file",
