@@ -275,6 +275,7 @@ MEASURES = {  # name: heading, decimals
     "mine": ("MINE nats", 2),
     "bpd": ("bpd", 3),
     "kl": ("KL z_L", 2),
+    "active": ("active units of z_L", 1),
     "seconds": ("training s", 0),
 }
 
@@ -289,6 +290,7 @@ def measures(run: Run) -> dict[str, float]:
         "mine": e["mine"].get(top, {}).get("nats"),
         "bpd": e["bpd"],
         "kl": e["kl"][-1],
+        "active": e.get("active_units", [None])[-1],
         "seconds": run.metrics[-1]["seconds"] if run.metrics else None,
     }
     return {name: value for name, value in values.items() if value is not None}

@@ -2536,6 +2536,7 @@ def write_run(root: Path, name: str, flags: dict, probe: float = 50.0, mine_nats
         "probe": {f"z{k + 1}": 80.0 - k for k in range(levels)} | {"all": 85.0, top: probe},
         "kl": [1.0] * (levels - 1) + [probe / 10],
         "elbo": -240.0,
+        "active_units": [8] * (levels - 1) + [4 + config["seed"]],
         "bpd": 0.4 + config["seed"] / 100,
         "mine": {} if mine_nats is None else {top: {"nats": mine_nats, "ceiling": 9.2103}},
     }
@@ -2571,12 +2572,13 @@ def test_table_of_seeds(tmp_path, capsys):
     assert lines[0] == "**digits**" and "**fashionmnist**" in lines
     head = cells(lines[lines.index("**fashionmnist**") + 2])
     assert head == ["", "seeds", "z_L probe %", "paper", "all levels %", "paper", "MINE nats",
-                    "paper", "bpd", "paper", "KL z_L", "paper", "training s"]  # fmt: skip
+                    "paper", "bpd", "paper", "KL z_L", "paper", "active units of z_L",
+                    "training s"]  # fmt: skip
     rows = {cells(line)[0]: cells(line) for line in lines if line.startswith("|")}
     assert rows["LVAE+RL, gamma 0.9"] == [
         "LVAE+RL, gamma 0.9", "3", "72.00 ± 2.65", "78.48 ± 0.15", "85.00 ± 0.00", "84.77 ± 0.30",
         "4.50 ± 0.50", "4.37 ± 0.58", "0.410 ± 0.010", "0.335 ± 0.072", "7.20 ± 0.26",
-        "32.1 ± 0.5", "61 ± 0",
+        "32.1 ± 0.5", "5.0 ± 1.0", "61 ± 0",
     ]  # fmt: skip
     assert rows["HVAE"][:4] == ["HVAE", "2", "10.00 ± 0.00", "10.73 ± 0.08"]  # gamma has no effect
     assert rows["LVAE+RL, gamma 0.8"][2:6] == ["60.00", "77.98 ± 0.23", "85.00", ""]
