@@ -2352,9 +2352,11 @@ def test_settings_of_the_paper():
     assert train.defaults({"size": "paper", "ivae": True})["update"] == "joint"
     fashion = {"dataset": "fashionmnist"}  # the small preset warms up where the top is at risk
     for flags, warmup in (
-        ({"rl": True}, 20), ({"rl": True, "dataset": "cifar10"}, 1), ({"rl": True} | fashion, 1),
-        ({"rl": True, "arch": "hvae"} | fashion, 1), ({"ivae": True, "arch": "hvae"} | fashion, 1),
-        ({"arch": "hvae"} | fashion, 0), ({}, 0),
+        ({"rl": True}, 20), ({"rl": True, "dataset": "cifar10"}, 1), ({"rl": True} | fashion, 10),
+        ({"rl": True, "arch": "hvae"} | fashion, 10), ({"ivae": True} | fashion, 10),
+        ({"arch": "hvae"} | fashion, 0), ({}, 0), ({"rl": True, "minutes": 3.0} | fashion, 10),
+        ({"rl": True, "epochs": 5} | fashion, 2), ({"rl": True, "epochs": 1}, 1),
+        ({"rl": True, "epochs": 5, "warmup": 9} | fashion, 9),
     ):  # fmt: skip
         assert train.defaults(flags)["warmup"] == warmup
 

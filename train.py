@@ -169,9 +169,10 @@ def defaults(given: dict) -> dict:
         digits, colour = config["dataset"] == "digits", SHAPES[config["dataset"]][0] > 1
         config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 10 if colour else 20)
         if config["rl"] or config["ivae"]:
-            # The decoder is slow to listen, and until it does the KL would win at the top: always
-            # on digits and colour images, with some seeds on others too. About 240 updates' time.
-            config["warmup"] = 20 if digits else 1
+            # The decoder is slow to listen, and until it does the KL would win at the top: in
+            # some 240 updates over the whole level, in some thousand over some of its units.
+            longest = 20 if digits else 1 if colour else 10
+            config["warmup"] = min(longest, max(1, (config | given)["epochs"] // 2))
     if config["minutes"] is not None:
         config["epochs"] = 1_000_000
     config |= given
