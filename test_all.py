@@ -2355,7 +2355,7 @@ def test_settings_of_the_paper():
         ({"rl": True}, 20), ({"rl": True, "dataset": "cifar10"}, 1), ({"rl": True} | fashion, 10),
         ({"rl": True, "arch": "hvae"} | fashion, 10), ({"ivae": True} | fashion, 10),
         ({"arch": "hvae"} | fashion, 0), ({}, 0), ({"rl": True, "minutes": 3.0} | fashion, 10),
-        ({"rl": True, "epochs": 5} | fashion, 2), ({"rl": True, "epochs": 1}, 1),
+        ({"rl": True, "epochs": 5} | fashion, 2), ({"rl": True, "epochs": 1} | fashion, 1),
         ({"rl": True, "epochs": 5, "warmup": 9} | fashion, 9),
     ):  # fmt: skip
         assert train.defaults(flags)["warmup"] == warmup
@@ -2639,7 +2639,7 @@ def test_runs_as_they_were(tmp_path, capsys):
     """--after-epochs and --after-minutes take a look of --eval-every for the run: with it go the
     settings that say how long it went on, unless the learning rate followed them."""
     looks = [(1, 40.0, 60.0), (2, 80.0, 66.0), (4, 160.0, 70.0)]
-    flags = {"rl": True, "arch": "hvae"}
+    flags = {"rl": True, "arch": "hvae", "warmup": 1}
     timed = write_run(tmp_path, "a", FASHION | flags | {"minutes": 3.0}, 71.0)
     counted = write_run(tmp_path, "b", FASHION | flags | {"epochs": 4, "seed": 1}, 73.0)
     joint = write_run(tmp_path, "c", FASHION | flags | {"epochs": 9, "update": "joint"}, 75.0)

@@ -171,8 +171,8 @@ def defaults(given: dict) -> dict:
         if config["rl"] or config["ivae"]:
             # The decoder is slow to listen, and until it does the KL would win at the top: in
             # some 240 updates over the whole level, in some thousand over some of its units.
-            longest = 20 if digits else 1 if colour else 10
-            config["warmup"] = min(longest, max(1, (config | given)["epochs"] // 2))
+            half = max(1, (config | given)["epochs"] // 2)
+            config["warmup"] = 20 if digits else 1 if colour else min(10, half)
     if config["minutes"] is not None:
         config["epochs"] = 1_000_000
     config |= given
