@@ -47,7 +47,7 @@ class Shown:
 
     @property
     def has_model(self) -> bool:
-        return (self.first.folder / evaluate.CHECKPOINT).is_file()
+        return not self.first.past and (self.first.folder / evaluate.CHECKPOINT).is_file()
 
     @cached_property
     def model(self):

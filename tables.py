@@ -108,6 +108,7 @@ class Run(NamedTuple):
     evaluation: dict  # as eval.json has it
     metrics: list[dict]  # a line an epoch
     method: str  # one of METHODS
+    past: bool = False  # as it was before its end, of which there is no checkpoint
 
     @property
     def levels(self) -> int:
@@ -158,7 +159,8 @@ def read_run(folder: Path, evaluation: dict) -> Run:
     try:
         if path.exists():
             metrics = [json.loads(line) for line in path.read_text().splitlines()]
-            [(line["seconds"], line["kl"][-1]) for line in metrics]
+            [(line["epoch"], line["seconds"], line["kl"][-1]) for line in metrics]
+            [(line["test"]["elbo"], line["test"]["kl"][-1]) for line in metrics if "test" in line]
     except (ValueError, KeyError, TypeError, IndexError):
         raise UserError(f"{path} is damaged: train again") from None
     objective = "+RL" if config["rl"] else "+IVAE" if config.get("ivae") else ""
@@ -192,7 +194,7 @@ def earlier(run: Run, epochs: int | None = None, minutes: float | None = None) -
         length = {"epochs": epochs} if minutes is None else {}
         config = config | {"minutes": minutes} | length
     metrics = [line for line in run.metrics if line["epoch"] <= lines[-1]["epoch"]]
-    return run._replace(config=config, evaluation=evaluation, metrics=metrics)
+    return run._replace(config=config, evaluation=evaluation, metrics=metrics, past=True)
 
 
 class Group(NamedTuple):

@@ -2668,6 +2668,10 @@ def test_runs_as_they_were(tmp_path, capsys):
         assert row["seconds"]["values"] == [seconds] * 2 and row["kl"]["mean"] == 2.0
         assert row["bpd"]["values"] == pytest.approx([0.4 * 300 / 240, 0.41 * 300 / 240])
         assert row["all"]["mean"] is None
+    (joint / "checkpoint.pt").write_text("of its end")  # which no figure may take for the past
+    ended = tables.read_run(joint, tables.read_json(joint / "eval.json", ()))
+    for run, has_model in ((ended, True), (tables.earlier(ended, epochs=2), False)):
+        assert figures.Shown(tables.Group("", [run]), None, None).has_model == has_model
     config = json.loads((timed / "config.json").read_text()) | {"schedule": "cosine"}
     (timed / "config.json").write_text(json.dumps(config))
     assert "HVAE+RL, 3 minutes, schedule cosine, update sampled" in rows("--after-epochs", "2")
@@ -2730,7 +2734,8 @@ def test_mistakes_with_tables_give_one_line(tmp_path, capsys):
         (b / "eval.json").write_text(broken)
         table("eval.json is damaged", b)
     (b / "eval.json").write_text((a / "eval.json").read_text())
-    for broken in ("3", "{}", '{"seconds": 1, "kl": []}'):
+    for broken in ("3", "{}", '{"seconds": 1, "kl": []}', '{"seconds": 1, "kl": [1]}',
+                   '{"epoch": 1, "seconds": 1, "kl": [1], "test": {}}'):  # fmt: skip
         (b / "metrics.jsonl").write_text(broken)
         table("metrics.jsonl is damaged", b)
     table("no run at", a, "--mine")  # its mutual information needs the checkpoint
