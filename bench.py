@@ -215,7 +215,7 @@ def device_name(device: torch.device) -> str:
 def command(flags: dict) -> None:
     """Times the run that the flags describe, and prints a table or one line of JSON."""
     as_json = flags.pop("json", False)
-    for flag in ("resume", "overwrite", "out", "eval_every", "save_every"):
+    for flag in ("resume", "overwrite", "out", "eval_every", "probe", "save_every"):
         if flags.pop(flag, None) is not None:
             raise UserError(f"--{flag.replace('_', '-')} has no meaning with --bench")
     if parallel.SIZE > 1:

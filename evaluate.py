@@ -42,6 +42,7 @@ from data import (
 )
 
 CHECKPOINT = "checkpoint.pt"
+PROBES = ("every", "top")  # of every level and of all together, or of the top level alone
 FORMAT = 2  # of checkpoints
 
 
@@ -152,9 +153,11 @@ def linear_probe(
 WIDEST = 1024  # numbers of a level that the probe takes: wider maps are averaged over squares
 
 
-def probes(model: models.Network, data: Data, binarised: bool = False) -> dict[str, float]:
+def probes(
+    model: models.Network, data: Data, binarised: bool = False, which: str = "every"
+) -> dict[str, float]:
     """The probe of each level and of all levels together: {"z1": ..., "zL": ..., "all": ...}, on
-    grey or colour images, or on the `binarised`.
+    grey or colour images, or on the `binarised`; with `which="top"` of z_L alone.
 
     Empty where the images have no labels.
     """
@@ -169,6 +172,9 @@ def probes(model: models.Network, data: Data, binarised: bool = False) -> dict[s
         for images, seed in ((data.train, 0), (data.test, len(data.train)))
     )
     names = [f"z{level + 1}" for level in range(model.levels)] + ["all"]
+    if which == "top":
+        train, test = train[-1:], test[-1:]
+        names = names[-2:-1]
     found = torch.zeros(len(names), dtype=torch.float64)
     for i in range(parallel.RANK, len(names), parallel.SIZE):  # each process some of them
         views = [z[i] if i < len(z) else np.concatenate(z, axis=1) for z in (train, test)]
@@ -295,12 +301,14 @@ def evaluate(
     samples: int = 16,
     mine_levels: tuple[int, ...] = (),
     binarised: bool = False,
+    probe: str = "every",
 ) -> dict:
-    """All measures of a model on a data set, as README.md lists them. `mine_levels` are 0-based.
+    """All measures of a model on a data set, as README.md lists them. `mine_levels` are 0-based,
+    `probe` is one of PROBES.
 
     Percentages from 0 to 100, nats per image; kl, active_units and log_px_given_z bottom to top.
     """
-    result = {"probe": probes(model, data), **densities(model, data.test, samples)}
+    result = {"probe": probes(model, data, which=probe), **densities(model, data.test, samples)}
     result["active_units"] = active_units(model, data.test)
     result["iwae_samples"] = samples
     result["bpd"] = bits_per_dimension(result["elbo"], data.test[0].numel())
@@ -308,16 +316,16 @@ def evaluate(
         f"z{level + 1}": level_information(model, data, level) for level in mine_levels
     }
     if binarised:
-        result["probe_binarised"] = probes(model, data, binarised=True)
+        result["probe_binarised"] = probes(model, data, True, probe)
     return result
 
 
-def report(run: Path, config: dict, epoch: int, model, data: Data, *options) -> dict:
+def report(run: Path, config: dict, epoch: int, model, data: Data, **options) -> dict:
     """`evaluate` with what was trained, as --json prints it and eval.json keeps it."""
     about = {"run": str(run), "epoch": epoch} | {
         k: config.get(k, False) for k in ("dataset", "arch", "rl", "ivae")
     }
-    return about | evaluate(model, data, *options)
+    return about | evaluate(model, data, **options)
 
 
 def glance(model: models.Network, data: Data) -> dict:
@@ -401,6 +409,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the JSON object to this file as well")
     parser.add_argument("--samples", type=int, default=16,
                         help="of the importance-weighted bound (default 16)")
+    parser.add_argument("--probe", choices=PROBES, default="every", help="of every level and of "
+                        "all together (default), or of z_L alone, which is much sooner done")
     parser.add_argument("--mine", action="store_true", help="mutual information of x and z_L")
     parser.add_argument("--binarised", action="store_true",
                         help="the probe on binarised images as well, one draw of each")
@@ -501,8 +511,17 @@ def evaluate_run(folder: Path, args: argparse.Namespace) -> dict:
     """The evaluation of a run's checkpoint."""
     state, model, data = opened(folder, args)
     levels = levels_of_mine(args, model.levels)
-    options = args.samples, levels, args.binarised
-    return report(folder, state["config"], state["epoch"], model, data, *options)
+    return report(
+        folder,
+        state["config"],
+        state["epoch"],
+        model,
+        data,
+        samples=args.samples,
+        mine_levels=levels,
+        binarised=args.binarised,
+        probe=args.probe,
+    )
 
 
 def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict | None:
@@ -530,7 +549,7 @@ def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict | None:
         for level in missing:
             result["mine"][f"z{level + 1}"] = level_information(model, data, level)
         if binarise:
-            result["probe_binarised"] = probes(model, data, binarised=True)
+            result["probe_binarised"] = probes(model, data, True, args.probe)
         write_json(path, result)
     return result
 

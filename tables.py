@@ -99,7 +99,9 @@ ADDED = {  # settings of a run from before they could be chosen
     "ivae": False, "pay": "inferred", "compile": False, "accumulate": 1, "train_images": None,
     "minutes": None, "schedule": "constant", "ema": 0.0,
 }  # fmt: skip
-NOT_COMPARED = {"seed", "out", "data_dir", "device", "device_data", "eval_every", "save_every"}
+NOT_COMPARED = {
+    "seed", "out", "data_dir", "device", "device_data", "eval_every", "probe", "save_every",
+}  # fmt: skip
 
 
 class Run(NamedTuple):

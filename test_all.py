@@ -1256,6 +1256,30 @@ def test_probes_of_levels_and_of_all():
     assert a.shape == (150, 2 * 4 * 4 + 3)
     expected = evaluate.linear_probe(a, labels[:150].numpy(), b, labels[150:].numpy())
     assert found["all"] == pytest.approx(expected, abs=1)  # a in float64
+    assert evaluate.probes(model, halves, which="top") == {"z2": found["z2"]}
+
+
+def test_the_probe_of_the_top_alone(few, tmp_path, capsys):
+    """--probe top leaves the other probes out and the same z_L; no run differs from another by
+    it, and `evaluate.py RUN` measures the rest anew."""
+    evaluations = {}
+    for probe in ("every", "top"):
+        out = tmp_path / probe
+        seed = ["--seed", "1"] if probe == "top" else []
+        flags = [*TINY, "--epochs", "1", "--batch-size", "64", "--out", str(out), *seed]
+        train.main([*flags, "--probe", probe])
+        evaluations[probe] = json.loads((out / "eval.json").read_text())["probe"]
+    top = max(evaluations["every"].keys() - {"all"})
+    assert list(evaluations["top"]) == [top] and len(evaluations["every"]) > 2
+    capsys.readouterr()
+    evaluate.main([str(tmp_path / "every"), str(tmp_path / "top"), "--table", "--json"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert len(row["probe"]["values"]) == 2 and len(row["all"]["values"]) == 1
+    evaluate.main([str(tmp_path / "top"), "--json"])
+    again = json.loads(capsys.readouterr().out)["probe"]
+    assert again.keys() == evaluations["every"].keys() and again[top] == evaluations["top"][top]
+    evaluate.main([str(tmp_path / "every"), "--json", "--probe", "top"])
+    assert json.loads(capsys.readouterr().out)["probe"] == {top: evaluations["every"][top]}
 
 
 def test_probe_of_binarised_images(few, tmp_path, monkeypatch, capsys):

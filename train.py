@@ -116,6 +116,9 @@ def parser() -> evaluate.Parser:
     p.add_argument("--eval-every", type=int,
                    help="epochs between measures of the test split: KL, ELBO, and the probe of z_L "
                    "fitted on 10,000 training images (default 0: only at the end)")
+    p.add_argument("--probe", choices=evaluate.PROBES,
+                   help="at the end: of every level and of all together (default), or of z_L "
+                   "alone, which is much sooner done")
     p.add_argument("--save-every", type=float, help="seconds between checkpoints (default 60)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
                    help="of the network's arithmetic; auto is bfloat16 where the processor has it")
@@ -139,6 +142,7 @@ MAY_CHANGE = {
     "device",
     "device_data",
     "eval_every",
+    "probe",
     "save_every",
     "out",
     "compile",
@@ -152,8 +156,9 @@ def defaults(given: dict) -> dict:
         arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", pay="inferred", dataset="digits",
         data_dir="data", image_size=None, unlabelled=False, device="auto", device_data="auto",
         size="small", latents=None, levels=None, channels=None, batch_size=128, warmup=0,
-        free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, save_every=60.0, dtype="auto",
-        compile=False, accumulate=1, train_images=None, minutes=None, schedule="constant", ema=0.0,
+        free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, probe="every", save_every=60.0,
+        dtype="auto", compile=False, accumulate=1, train_images=None, minutes=None,
+        schedule="constant", ema=0.0,
     )  # fmt: skip
     config |= given
     if config["size"] == "paper":
@@ -643,7 +648,9 @@ def command(flags: dict) -> None:
     kept = run.folder / "eval.json"
     if parallel.of_first(lambda: not kept.exists()):
         say("evaluating")
-        result = evaluate.report(run.folder, config, run.epoch, run.measured, data)
+        result = evaluate.report(
+            run.folder, config, run.epoch, run.measured, data, probe=config["probe"]
+        )
         parallel.of_first(lambda: evaluate.write_json(kept, result))
     if parallel.FIRST:
         print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
