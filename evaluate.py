@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -393,6 +394,8 @@ def main(argv: list[str] | None = None) -> None:
                         help="runs side by side, by their eval.json (made where it is missing): "
                         "mean and standard deviation over seeds, beside the paper's values")
     parser.add_argument("--markdown", action="store_true", help="with --table: as Markdown")
+    parser.add_argument("--columns", metavar="NAMES", help="with --table: these in this order, of "
+                        f"{','.join(tables.MEASURES)} (default all but the last two)")
     parser.add_argument("--after-epochs", type=int, metavar="N", help="with --table or --figures: "
                         "runs as they were after N epochs, by the looks of train.py --eval-every")
     parser.add_argument("--after-minutes", type=float, metavar="N",
@@ -436,6 +439,12 @@ def command(args: argparse.Namespace) -> None:
         raise UserError("--after-epochs or --after-minutes is for --table and --figures")
     if args.markdown and not args.table:
         raise UserError("--markdown is for --table")
+    if args.columns and not args.table:
+        raise UserError("--columns is for --table")
+    columns = tuple(args.columns.split(",")) if args.columns else tables.SHOWN
+    for name in columns:
+        if name not in tables.MEASURES:
+            raise UserError(f"--columns {name}: choose from {', '.join(tables.MEASURES)}")
     if args.out and (len(args.runs) > 1 or args.table or args.figures):
         raise UserError("--out is for the evaluation of one run")
     if not (args.table or args.figures):
@@ -455,7 +464,8 @@ def command(args: argparse.Namespace) -> None:
     if not runs:
         raise UserError("none of these runs has ended")
     if args.table:
-        print(json.dumps(tables.rows(runs)) if args.json else tables.table(runs, args.markdown))
+        as_text = partial(tables.table, runs, args.markdown, columns)
+        print(json.dumps(tables.rows(runs)) if args.json else as_text())
     if args.figures:
         import figures
 

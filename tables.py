@@ -99,6 +99,11 @@ ADDED = {  # settings of a run from before they could be chosen
     "ivae": False, "pay": "inferred", "compile": False, "accumulate": 1, "train_images": None,
     "minutes": None, "schedule": "constant", "ema": 0.0,
 }  # fmt: skip
+UNSAID = {  # values that need no word beside a row that has another
+    "pay": "inferred", "skip": "mean", "latents": None, "channels": None, "compile": False,
+    "train_images": None, "schedule": "constant", "ema": 0.0, "free_bits": 0.0,
+    "free_bits_epochs": None,
+}  # fmt: skip
 NOT_COMPARED = {
     "seed", "out", "data_dir", "device", "device_data", "eval_every", "probe", "save_every",
 }  # fmt: skip
@@ -212,7 +217,7 @@ class Group(NamedTuple):
 
 def groups(runs: list[Run], whatever: tuple[str, ...] = ()) -> list[Group]:
     """Runs of one configuration together, `whatever` the settings of these names; by data set, then
-    in the order of METHODS.
+    in the order of METHODS, of levels, discount, length and warm-up.
 
     Raises UserError where a configuration has a seed twice: it would count twice.
     """
@@ -244,12 +249,18 @@ def groups(runs: list[Run], whatever: tuple[str, ...] = ()) -> list[Group]:
         ]
         if first.settings["minutes"] is None and {"epochs", "minutes"} <= set(differing):
             differing.remove("minutes")  # the number of epochs says it
-        parts = [setting(key, first.settings[key]) for key in differing]
+        parts = [
+            setting(key, first.settings[key])
+            for key in differing
+            if key not in UNSAID or first.settings[key] != UNSAID[key]
+        ]
         found.append(Group(", ".join([first.method, *parts]), of_one))
 
     def position(group: Group) -> tuple:
         run = group.first
-        return run.config["dataset"], METHODS.index(run.method), run.levels, run.config["gamma"]
+        of_method = run.config["dataset"], METHODS.index(run.method), run.levels
+        length = run.config.get("minutes") or 0.0, run.config["epochs"]
+        return *of_method, run.config["gamma"], *length, run.config.get("warmup") or 0
 
     return sorted(found, key=position)
 
@@ -263,10 +274,10 @@ def setting(key: str, value: object) -> str:
     if key == "minutes":
         return "by epochs" if value is None else f"{value:g} minutes"
     if key == "train_images":
-        return f"{value or 'all'} images"
+        return f"{value} images"
     if isinstance(value, bool):
         return name if value else f"no {name}"
-    return f"{name} {'of the preset' if value is None else value}"
+    return f"{name} {value}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -281,11 +292,14 @@ MEASURES = {  # name: heading, decimals
     "kl": ("KL z_L", 2),
     "active": ("active units of z_L", 1),
     "seconds": ("training s", 0),
+    "elbo": ("ELBO", 1),
+    "kls": ("KL, z_1 … z_L", 2),
 }
+SHOWN = tuple(name for name in MEASURES if name not in ("elbo", "kls"))  # of a table unasked
 
 
-def measures(run: Run) -> dict[str, float]:
-    """The numbers of MEASURES that a run has."""
+def measures(run: Run) -> dict:
+    """The numbers of MEASURES that a run has; "kls" are a list."""
     e, top = run.evaluation, f"z{run.levels}"
     values = {
         "probe": e["probe"].get(top),
@@ -296,23 +310,31 @@ def measures(run: Run) -> dict[str, float]:
         "kl": e["kl"][-1],
         "active": e.get("active_units", [None])[-1],
         "seconds": run.metrics[-1]["seconds"] if run.metrics else None,
+        "elbo": e.get("elbo"),
+        "kls": e["kl"],
     }
     return {name: value for name, value in values.items() if value is not None}
 
 
 def rows(runs: list[Run]) -> list[dict]:
     """A row a configuration: for each measure the values by seed, their mean and standard deviation
-    (n - 1; None of one value), and what the paper has."""
+    (n - 1; None of one value), and what the paper has. Of "kls" the mean is one of each level."""
     out = []
     for label, of_one in groups(runs):
         first, row = of_one[0], {}
         reported = paper(first.config["dataset"], first.method, first.levels, first.config["gamma"])
+        if first.settings["train_images"] is not None:
+            reported = {}  # the paper trains on all images
         for name in MEASURES:
             values = [m[name] for m in map(measures, of_one) if name in m]
+            lists = name == "kls"
+            mean = (
+                [statistics.fmean(level) for level in zip(*values, strict=True)] if lists else None
+            )
             row[name] = {
                 "values": values,
-                "mean": statistics.fmean(values) if values else None,
-                "std": statistics.stdev(values) if len(values) > 1 else None,
+                "mean": mean if lists else statistics.fmean(values) if values else None,
+                "std": statistics.stdev(values) if len(values) > 1 and not lists else None,
                 "paper": reported.get(name),
             }
         about = {"dataset": first.config["dataset"], "label": label, "method": first.method}
@@ -331,30 +353,34 @@ def cell(measure: dict, decimals: int) -> str:
     mean, std = measure["mean"], measure["std"]
     if mean is None:
         return ""
+    if isinstance(mean, list):
+        return " ".join(f"{value:.{decimals}f}" for value in mean)
     form = f".{decimals}f" if abs(mean) >= 0.5 * 0.1**decimals or mean == 0 else ".0e"
     return f"{mean:{form}}" + ("" if std is None else f" ± {std:{form}}")
 
 
-def table(runs: list[Run], markdown: bool = False) -> str:
-    """`rows` as text or Markdown, a table a data set; columns that nobody fills are left out."""
+def table(runs: list[Run], markdown: bool = False, columns: tuple[str, ...] = SHOWN) -> str:
+    """`rows` as text or Markdown, a table a data set; `columns` are names of MEASURES, those that
+    nobody fills are left out."""
     found, parts = rows(runs), []
     for dataset in dict.fromkeys(row["dataset"] for row in found):
         here = [row for row in found if row["dataset"] == dataset]
-        head, columns = ["", "seeds"], [[row["label"] for row in here]]
-        columns.append([str(len(row["seeds"])) for row in here])
-        for name, (heading, decimals) in MEASURES.items():
+        head, filled = ["", "seeds"], [[row["label"] for row in here]]
+        filled.append([str(len(row["seeds"])) for row in here])
+        for name in columns:
+            heading, decimals = MEASURES[name]
             column = [cell(row[name], decimals) for row in here]
             reported = [(row[name]["paper"] or "").replace("±", " ± ") for row in here]
             if any(column):
                 head.append(heading)
-                columns.append(column)
+                filled.append(column)
                 if any(reported):
                     head.append("paper")
-                    columns.append(reported)
-        lines = [head, *zip(*columns, strict=True)]
+                    filled.append(reported)
+        lines = [head, *zip(*filled, strict=True)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         ceiling = max((row["mine_ceiling"] or 0 for row in here), default=0)
-        note = f"MINE cannot exceed {ceiling:.2f} nats." if ceiling else ""
+        note = f"MINE cannot exceed {ceiling:.2f} nats." if ceiling and "mine" in columns else ""
         if markdown:
             text = ["| " + " | ".join(line) + " |" for line in lines]
             text.insert(1, "|---" * len(head) + "|")

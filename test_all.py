@@ -3,6 +3,7 @@
 Tests of real data look in the folder that DATA_DIR names, and for FashionMNIST in Debian's too.
 """
 
+import glob
 import gzip
 import hashlib
 import itertools
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -2619,6 +2621,36 @@ def test_table_of_seeds(tmp_path, capsys):
     assert row["probe"]["mean"] == 72.0 and row["probe"]["std"] == pytest.approx(7**0.5)
 
 
+def test_columns_of_a_table(tmp_path, capsys):
+    """Those asked for, in that order; the KL of each level is a mean over seeds too."""
+    runs = [str(write_run(tmp_path, str(s), FASHION | {"rl": True, "seed": s}, 70.0 + s))
+            for s in (0, 3)]  # fmt: skip
+    command = [*runs, "--table", "--markdown", "--columns"]
+    evaluate.main([*command, "kls,elbo,probe"])
+    head, _, row = capsys.readouterr().out.splitlines()[2:]
+    assert cells(head) == ["", "seeds", "KL, z_1 … z_L", "ELBO", "z_L probe %", "paper"]
+    assert cells(row) == ["LVAE+RL", "2", "1.00 1.00 1.00 1.00 7.15", "-240.0 ± 0.0",
+                          "71.50 ± 2.12", "78.48 ± 0.15"]  # fmt: skip
+    fails(capsys, [*command, "kl,probes"], "--columns probes: choose from probe,", evaluate.main)
+    fails(capsys, [*runs, "--columns", "kl"], "--columns is for --table", evaluate.main)
+
+
+def test_tables_of_the_readme_are_those_of_the_results(capsys, monkeypatch):
+    """Each command in README.md that prints Markdown prints what README.md has."""
+    here = Path(__file__).parent
+    monkeypatch.chdir(here)
+    text = (here / "README.md").read_text()
+    commands = re.findall(r"`python evaluate.py (results/[^`]*--markdown[^`]*)`", text)
+    assert len(commands) >= 2
+    for command in commands:
+        words = [glob.glob(w) if w.startswith("results/") else [w] for w in command.split()]
+        assert all(words), f"{command}: no such runs"
+        evaluate.main([word for words_of_one in words for word in sorted(words_of_one)])
+        printed = capsys.readouterr().out.split("\n\n")
+        for table in (part.strip() for part in printed if part.startswith("|")):
+            assert table in text, f"{command} prints another table:\n{table}"
+
+
 def test_settings_that_make_a_configuration(tmp_path):
     """--levels 5 is the preset's 5, an older config.json without newer flags is as their default,
     and what only says where a run was computed sets nothing apart."""
@@ -2641,15 +2673,15 @@ def test_settings_that_make_a_configuration(tmp_path):
 
     three, five = tables.groups([read(f) for f in (*same, apart)])
     assert [run.folder for run in five.runs] == list(same)
-    assert five.label == "LVAE+RL, skip mean, 80 epochs, 5 levels"
+    assert five.label == "LVAE+RL, 80 epochs, 5 levels"  # the mean is the usual skip
     assert three.label == "LVAE+RL, skip sample, 7 epochs, 3 levels"
     (alone,) = tables.groups([read(apart)])
     assert alone.label == "LVAE+RL"
     timed = [write_run(tmp_path, f"timed{n}", {"rl": True, "arch": "hvae", "minutes": n, **more})
              for n, more in ((1.5, {"train_images": 900}), (3.0, {"pay": "upward"}))]  # fmt: skip
     assert [group.label for group in tables.groups([read(folder) for folder in timed])] == [
-        "HVAE+RL, pay inferred, 900 images, 1.5 minutes",
-        "HVAE+RL, pay upward, all images, 3 minutes",
+        "HVAE+RL, 900 images, 1.5 minutes",
+        "HVAE+RL, pay upward, 3 minutes",
     ]
     rule = [write_run(tmp_path, f"rule{n}", {"rl": True, "size": "paper", "levels": n})
             for n in (3, 5, 8)]  # fmt: skip
@@ -2941,7 +2973,7 @@ def test_figure_6_tells_widths_apart(tmp_path):
     shown = [figures.Shown(g, None, torch.device("cpu")) for g in tables.groups(runs)]
     axes = figures.depth(shown).axes[0]
     (container,) = axes.containers
-    assert container.get_label() == "LVAE+RL, latents of the preset"
+    assert container.get_label() == "LVAE+RL"
     assert container.lines[0].get_xydata().tolist() == [[3, 70], [5, 61]]
     paper = next(line for line in axes.lines if line.get_label() == "LVAE+RL, paper")
     assert paper.get_xydata()[0].tolist() == [3, 78.77] and len(paper.get_xdata()) == 8
