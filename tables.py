@@ -323,8 +323,8 @@ def rows(runs: list[Run]) -> list[dict]:
     for label, of_one in groups(runs):
         first, row = of_one[0], {}
         reported = paper(first.config["dataset"], first.method, first.levels, first.config["gamma"])
-        if first.settings["train_images"] is not None:
-            reported = {}  # the paper trains on all images
+        if (first.settings["train_images"], first.settings["latents"]) != (None, None):
+            reported = {}  # the paper trains on all images, and latents of its own
         for name in MEASURES:
             values = [m[name] for m in map(measures, of_one) if name in m]
             lists = name == "kls"

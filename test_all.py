@@ -2595,6 +2595,8 @@ def test_table_of_seeds(tmp_path, capsys):
              for seed in (0, 1)]  # fmt: skip
     runs.append(write_run(tmp_path, "other", FASHION | {"rl": True, "gamma": 0.8}, 60.0))
     runs.append(write_run(tmp_path, "digits", {"arch": "vae"}, 0.0))
+    runs += [write_run(tmp_path, key, FASHION | {"arch": "biva", key: value})
+             for key, value in (("train_images", 900), ("latents", "9,8,7,6,5"))]  # fmt: skip
     evaluate.main([*map(str, runs), "--table", "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "**digits**" and "**fashionmnist**" in lines
@@ -2611,6 +2613,8 @@ def test_table_of_seeds(tmp_path, capsys):
     assert rows["HVAE"][:4] == ["HVAE", "2", "10.00 ± 0.00", "10.73 ± 0.08"]  # gamma has no effect
     assert rows["LVAE+RL, gamma 0.8"][2:6] == ["60.00", "77.98 ± 0.23", "85.00", ""]
     assert rows["VAE"][:3] == ["VAE", "1", "0.00"]  # a mean of 0 is a value
+    for label in ("BIVA, 900 images", "BIVA, latents 9,8,7,6,5"):  # the paper has none like these
+        assert rows[label][3] == rows[label][9] == ""
     assert "MINE cannot exceed 9.21 nats." in lines
     evaluate.main([*map(str, runs), "--table"])
     text = capsys.readouterr().out.splitlines()
@@ -2639,7 +2643,7 @@ def test_tables_of_the_readme_are_those_of_the_results(capsys, monkeypatch):
     """Each command in README.md that prints Markdown prints what README.md has."""
     here = Path(__file__).parent
     monkeypatch.chdir(here)
-    text = (here / "README.md").read_text()
+    text = "\n".join(line.strip() for line in (here / "README.md").read_text().splitlines())
     commands = re.findall(r"`python evaluate.py (results/[^`]*--markdown[^`]*)`", text)
     assert len(commands) >= 2
     for command in commands:
