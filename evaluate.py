@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -439,12 +438,14 @@ def command(args: argparse.Namespace) -> None:
         raise UserError("--after-epochs or --after-minutes is for --table and --figures")
     if args.markdown and not args.table:
         raise UserError("--markdown is for --table")
-    if args.columns and not args.table:
-        raise UserError("--columns is for --table")
-    columns = tuple(args.columns.split(",")) if args.columns else tables.SHOWN
+    if args.columns is not None and (args.json or not args.table):
+        raise UserError("--columns is for --table, and not for --json, which has all")
+    columns = tables.SHOWN
+    if args.columns is not None:
+        columns = tuple(name.strip() for name in args.columns.split(","))
     for name in columns:
         if name not in tables.MEASURES:
-            raise UserError(f"--columns {name}: choose from {', '.join(tables.MEASURES)}")
+            raise UserError(f"--columns {name!r}: choose from {', '.join(tables.MEASURES)}")
     if args.out and (len(args.runs) > 1 or args.table or args.figures):
         raise UserError("--out is for the evaluation of one run")
     if not (args.table or args.figures):
@@ -464,8 +465,8 @@ def command(args: argparse.Namespace) -> None:
     if not runs:
         raise UserError("none of these runs has ended")
     if args.table:
-        as_text = partial(tables.table, runs, args.markdown, columns)
-        print(json.dumps(tables.rows(runs)) if args.json else as_text())
+        found = tables.rows(runs) if args.json else tables.table(runs, args.markdown, columns)
+        print(json.dumps(found) if args.json else found)
     if args.figures:
         import figures
 

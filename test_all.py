@@ -2635,8 +2635,23 @@ def test_columns_of_a_table(tmp_path, capsys):
     assert cells(head) == ["", "seeds", "KL, z_1 … z_L", "ELBO", "z_L probe %", "paper"]
     assert cells(row) == ["LVAE+RL", "2", "1.00 1.00 1.00 1.00 7.15", "-240.0 ± 0.0",
                           "71.50 ± 2.12", "78.48 ± 0.15"]  # fmt: skip
-    fails(capsys, [*command, "kl,probes"], "--columns probes: choose from probe,", evaluate.main)
+    evaluate.main([*command, "kl, probe"])
+    assert cells(capsys.readouterr().out.splitlines()[2])[2:5:2] == ["KL z_L", "z_L probe %"]
+    fails(capsys, [*command, "kl,probes"], "--columns 'probes': choose from probe,", evaluate.main)
+    fails(capsys, [*command, ""], "--columns '': choose from probe,", evaluate.main)
     fails(capsys, [*runs, "--columns", "kl"], "--columns is for --table", evaluate.main)
+    fails(capsys, [*command, "kl", "--json"], "not for --json", evaluate.main)
+
+
+def test_order_of_rows(tmp_path):
+    """Levels before discount, discount before length, length before warm-up, as numbers."""
+    rl = FASHION | {"rl": True}
+    order = [{"levels": 3}, {"gamma": 0.0}, {"epochs": 9, "warmup": 2}, {"epochs": 9, "warmup": 10},
+             {"epochs": 10, "warmup": 1}, {"minutes": 2.0}, {"minutes": 12.0}, {"gamma": 1.0},
+             {"levels": 10}]  # fmt: skip
+    folders = [write_run(tmp_path, str(i), rl | flags) for i, flags in enumerate(order)]
+    runs = [tables.read_run(f, tables.read_json(f / "eval.json", ())) for f in folders]
+    assert [g.first.folder for g in tables.groups(runs[::-1])] == folders
 
 
 def test_tables_of_the_readme_are_those_of_the_results(capsys, monkeypatch):
