@@ -44,7 +44,11 @@ class Share:
 
 
 def level_kl(inference) -> Tensor:
-    """(L, B): KL of each level's posterior from its prior given the sample above."""
+    """(L, B): KL of each level's posterior from its prior given the sample above.
+
+    Where that sample was inferred from the level's own, as bottom-up, how the two vary together is
+    not seen: with the sum of these the ELBO may come out on either side of the true one.
+    """
     pairs = zip(inference.posteriors, inference.priors, strict=True)
     return torch.stack([divergence(q, p) for q, p in pairs])
 

@@ -1024,6 +1024,20 @@ def test_gradients_against_finite_differences(loss, fixed_noise):
     assert along == pytest.approx(slope, rel=1e-5)
 
 
+@pytest.mark.parametrize("a", [0.5, -0.5])
+def test_kl_given_a_sample_that_was_inferred_from_the_level(a):
+    """q(z_1) = N(0, 1), z_2 = a z_1 + noise and p(z_1|z_2) = N(z_2, 1): the mean of the KLs lies
+    above that of log q(z_1) / p(z_1|z_2) by the covariance of z_1 and the prior's mean, which is a,
+    so on either side of it."""
+    torch.manual_seed(0)
+    z1 = torch.randn(400_000, 1, dtype=torch.float64)
+    z2 = a * z1 + 0.5 * torch.randn_like(z1)
+    q, p = models.gaussian(torch.zeros_like(z1), torch.ones_like(z1)), models.gaussian(z2, z1**0)
+    kl = rewards.level_kl(models.Inference([q], [p], [z1]))[0].mean()
+    log_ratio = (q.log_prob(z1) - p.log_prob(z1)).mean()
+    assert (kl - log_ratio).item() == pytest.approx(a, abs=0.01)
+
+
 def test_level_kl_against_torch_and_monte_carlo():
     model, x = tiny("lvae", 3), images(2)
     inference = model.infer(x)
