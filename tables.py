@@ -293,9 +293,12 @@ MEASURES = {  # name: heading, decimals
     "active": ("active units of z_L", 1),
     "seconds": ("training s", 0),
     "elbo": ("ELBO", 1),
+    "iwae": ("IWAE", 1),
     "kls": ("KL, z_1 … z_L", 2),
 }
-SHOWN = tuple(name for name in MEASURES if name not in ("elbo", "kls"))  # of a table unasked
+SHOWN = tuple(
+    name for name in MEASURES if name not in ("elbo", "iwae", "kls")
+)  # of a table unasked
 
 
 def measures(run: Run) -> dict:
@@ -311,6 +314,7 @@ def measures(run: Run) -> dict:
         "active": e.get("active_units", [None])[-1],
         "seconds": run.metrics[-1]["seconds"] if run.metrics else None,
         "elbo": e.get("elbo"),
+        "iwae": e.get("iwae"),
         "kls": e["kl"],
     }
     return {name: value for name, value in values.items() if value is not None}

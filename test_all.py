@@ -2578,6 +2578,7 @@ def write_run(root: Path, name: str, flags: dict, probe: float = 50.0, mine_nats
         "probe": {f"z{k + 1}": 80.0 - k for k in range(levels)} | {"all": 85.0, top: probe},
         "kl": [1.0] * (levels - 1) + [probe / 10],
         "elbo": -240.0,
+        "iwae": -237.0 - config["seed"],
         "active_units": [8] * (levels - 1) + [4 + config["seed"]],
         "bpd": 0.4 + config["seed"] / 100,
         "mine": {} if mine_nats is None else {top: {"nats": mine_nats, "ceiling": 9.2103}},
@@ -2644,11 +2645,12 @@ def test_columns_of_a_table(tmp_path, capsys):
     runs = [str(write_run(tmp_path, str(s), FASHION | {"rl": True, "seed": s}, 70.0 + s))
             for s in (0, 3)]  # fmt: skip
     command = [*runs, "--table", "--markdown", "--columns"]
-    evaluate.main([*command, "kls,elbo,probe"])
+    evaluate.main([*command, "kls,elbo,iwae,probe"])
     head, _, row = capsys.readouterr().out.splitlines()[2:]
-    assert cells(head) == ["", "seeds", "KL, z_1 … z_L", "ELBO", "z_L probe %", "paper"]
+    assert cells(head) == ["", "seeds", "KL, z_1 … z_L", "ELBO", "IWAE", "z_L probe %",
+                           "paper"]  # fmt: skip
     assert cells(row) == ["LVAE+RL", "2", "1.00 1.00 1.00 1.00 7.15", "-240.0 ± 0.0",
-                          "71.50 ± 2.12", "78.48 ± 0.15"]  # fmt: skip
+                          "-238.5 ± 2.1", "71.50 ± 2.12", "78.48 ± 0.15"]  # fmt: skip
     evaluate.main([*command, "kl, probe"])
     assert cells(capsys.readouterr().out.splitlines()[2])[2:5:2] == ["KL z_L", "z_L probe %"]
     fails(capsys, [*command, "kl,probes"], "--columns 'probes': choose from probe,", evaluate.main)
