@@ -212,11 +212,12 @@ def active_units(model: models.Network, images: Tensor, threshold: float = ACTIV
 def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int = 0) -> dict:
     """Means over (binarised) images, nats: "kl" and "log_px_given_z" per level, "elbo", "iwae".
 
-    One posterior sample an image, skip paths by the prior means; "iwae" is the importance-weighted
+    One posterior sample an image, skip paths by the prior means; "elbo" is log p(x, z) - log q(z|x)
+    of the sample, in the mean a bound whatever the architecture; "iwae" is the importance-weighted
     bound with `samples` samples, None where that is 0.
     """
     device, levels = model.zero.device, model.levels
-    sums = torch.zeros(2 * levels + 1, dtype=torch.float64, device=device)
+    sums = torch.zeros(2 * levels + 2, dtype=torch.float64, device=device)
     for start, batch in own_batches(images, device):
         with seeded(device, seed + start):
             x = observed(batch)
@@ -226,17 +227,17 @@ def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int
                 model.generate(below[:level] + inference.latents[level:]).log_prob(x)
                 for level in range(levels)
             ]
-            values = [*rewards.level_kl(inference), *paths]
+            elbo = paths[0] - rewards.log_ratios(inference).sum(dim=0)
+            values = [*rewards.level_kl(inference), *paths, elbo]
             if samples:
                 bound = rewards.importance_weighted_bound(model, x, samples, 2 * len(x))
                 values.append(bound)
             sums[: len(values)] += torch.stack([v.double().sum() for v in values])
-    *means, iwae = (parallel.total(sums) / len(images)).tolist()
-    kl, log_px = means[:levels], means[levels:]
+    *means, elbo, iwae = (parallel.total(sums) / len(images)).tolist()
     return {
-        "kl": kl,
-        "log_px_given_z": log_px,
-        "elbo": log_px[0] - sum(kl),
+        "kl": means[:levels],
+        "log_px_given_z": means[levels:],
+        "elbo": elbo,
         "iwae": iwae if samples else None,
     }
 

@@ -47,10 +47,17 @@ def level_kl(inference) -> Tensor:
     """(L, B): KL of each level's posterior from its prior given the sample above.
 
     Where that sample was inferred from the level's own, as bottom-up, how the two vary together is
-    not seen: with the sum of these the ELBO may come out on either side of the true one.
+    not seen: the sum of these may come out on either side of what `log_ratios` has in the mean.
     """
     pairs = zip(inference.posteriors, inference.priors, strict=True)
     return torch.stack([divergence(q, p) for q, p in pairs])
+
+
+def log_ratios(inference) -> Tensor:
+    """(L, B): log q(z_l) - log p(z_l) of the samples inferred. In the mean over samples their sum
+    is the KL of all latents together (Eq. 4), in whatever order these are inferred."""
+    inferred = zip(inference.posteriors, inference.priors, inference.latents, strict=True)
+    return torch.stack([q.log_prob(z) - p.log_prob(z) for q, p, z in inferred])
 
 
 def divergence(q: Distribution, p: Distribution) -> Tensor:
@@ -314,9 +321,7 @@ def importance_weighted_bound(model, x: Tensor, samples: int, at_once: int = 102
     for done in range(0, samples, per_pass):
         k = min(per_pass, samples - done)
         repeated = x.repeat(k, *[1] * (x.dim() - 1))
-        posteriors, priors, latents, _ = inference = model.infer(repeated)
-        log_w = reconstruction(model, repeated, inference)
-        for q, p, z in zip(posteriors, priors, latents, strict=True):
-            log_w = log_w + p.log_prob(z) - q.log_prob(z)
+        inference = model.infer(repeated)
+        log_w = reconstruction(model, repeated, inference) - log_ratios(inference).sum(dim=0)
         log_weights.append(log_w.view(k, len(x)))
     return torch.cat(log_weights).logsumexp(dim=0) - math.log(samples)
