@@ -138,17 +138,15 @@ def rewards(
 
 def paid(model, kl: Tensor, pay: str = "inferred", **kl_terms) -> Tensor:
     """(T, B): what the reward of each step pays, the KL of all levels inferred until then (Eq. 24),
-    or with `pay="upward"` of those among them from its own level up. Top-down that is the same;
-    bottom-up the levels below, whose samples the step's path does not use, then cost it nothing.
+    or with `pay="own"` that of its own level alone. Bottom-up the levels below, whose samples the
+    step's path does not use, then cost it nothing; top-down those above, through which it went,
+    are paid once instead of by every later step.
     `kl_terms` are what `weigh_kl` takes beside the KL.
     """
-    if pay not in ("inferred", "upward"):
-        raise ValueError(f"unknown pay {pay!r}: choose inferred or upward")
-    kl, order = weigh_kl(kl, **kl_terms), list(model.order)
-    if pay == "inferred":
-        return kl[order].cumsum(dim=0)
-    from_own = [[s for s in order[: t + 1] if s >= level] for t, level in enumerate(order)]
-    return torch.stack([kl[levels].sum(dim=0) for levels in from_own])
+    if pay not in ("inferred", "own"):
+        raise ValueError(f"unknown pay {pay!r}: choose inferred or own")
+    in_order = weigh_kl(kl, **kl_terms)[list(model.order)]
+    return in_order.cumsum(dim=0) if pay == "inferred" else in_order
 
 
 def q_value(rewards: Tensor, gamma: float) -> Tensor:

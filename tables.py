@@ -128,8 +128,6 @@ class Run(NamedTuple):
         idle = {"levels"}
         if not config["rl"]:
             idle |= {"gamma", "pay"} if config["ivae"] else {"gamma", "update", "skip", "pay"}
-        elif config["arch"] == "lvae":
-            idle.add("pay")
         if config["arch"] == "aae":
             idle |= {"warmup", "free_bits"}
         if not config["free_bits"] or "free_bits" in idle:

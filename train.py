@@ -74,10 +74,9 @@ def parser() -> evaluate.Parser:
                    "--ivae has the last two")
     p.add_argument("--skip", choices=("mean", "sample"),
                    help="skip paths take the priors' means, or a sample of each (default mean)")
-    p.add_argument("--pay", choices=("inferred", "upward"),
+    p.add_argument("--pay", choices=("inferred", "own"),
                    help="what a step's reward pays: the KL of all levels inferred until then "
-                   "(Eq. 24, the default), or of those from its own level up: bottom-up only its "
-                   "own")
+                   "(Eq. 24, the default), or that of its own level alone")
     p.add_argument("--dataset", choices=DATASETS, help="default digits, which is no download")
     p.add_argument("--data-dir", help="folder of the data sets (default data)")
     p.add_argument("--image-size", type=int, help="side of the images of --dataset folder "
@@ -614,7 +613,7 @@ def idle(config: dict, flags: dict) -> list[str]:
     """The flags given that have no effect on this run."""
     useless = {"gamma", "update", "skip", "pay"}
     if config["rl"]:
-        useless = {"pay"} if config["arch"] == "lvae" else set()
+        useless = set()
     elif config["ivae"]:
         useless = {"gamma", "pay"}
     elif config["arch"] == "aae":
