@@ -72,14 +72,19 @@ PRESETS = {
 }  # fmt: skip
 PRESETS["paper"]["large"] = PRESETS["paper"]["colour"]
 PRESETS["small"]["large"] = PRESETS["small"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
+PRESETS["best"] = {"grey": PRESETS["small"]["grey"] | dict(channels=64)}
 MAX_LEVELS = 10
 ARCHS = ("vae", "aae", "hvae", "lvae", "biva")
 ONE_LEVEL = ("vae", "aae")
 
 
 def preset(size: str, image: tuple[int, int, int]) -> dict:
-    """The row of PRESETS for a size and a kind of image (channels, height, width)."""
-    return PRESETS[size]["grey" if image[0] == 1 else "colour" if image[1] <= 48 else "large"]
+    """The row of PRESETS for a size and a kind of image (channels, height, width); ValueError where
+    there is none."""
+    kind = "grey" if image[0] == 1 else "colour" if image[1] <= 48 else "large"
+    if kind not in PRESETS[size]:
+        raise ValueError(f"--size {size} is for grey images: take small or paper for colour")
+    return PRESETS[size][kind]
 
 
 def latent_names(levels: int, grey: bool, preset_names: tuple[str, ...]) -> tuple[str, ...]:
@@ -113,7 +118,7 @@ def configure(
     if arch not in ARCHS:
         raise ValueError(f"unknown architecture {arch!r}: choose {', '.join(ARCHS)}")
     if size not in PRESETS:
-        raise ValueError(f"unknown size {size!r}: choose {' or '.join(PRESETS)}")
+        raise ValueError(f"unknown size {size!r}: choose {', '.join(PRESETS)}")
     row = preset(size, image)
     if latents is not None:
         names = tuple(part.strip() for part in latents.split(","))

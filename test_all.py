@@ -132,6 +132,10 @@ def test_presets():
     assert model.infer(images(2, 28, torch.float32)).latents[0].shape == (2, 128)
     small = models.build(models.configure("hvae", "small"))
     assert small.latent_shapes == [(8, 7, 7), (64,), (32,), (16,), (8,)]
+    best = models.configure("hvae", "best")
+    assert best == models.configure("hvae", "small", channels=64)
+    with pytest.raises(ValueError, match="--size best is for grey images: take small or paper"):
+        models.configure("hvae", "best", (3, 32, 32))
     assert models.configure("vae").latents == ("8",)
     assert models.configure("lvae", latents="4c, 2").latents == ("4c", "2")
 
@@ -2436,6 +2440,8 @@ def test_settings_of_the_paper():
         c = train.defaults({"size": "paper", "arch": arch, "ivae": ivae})
         assert (c["epochs"], c["warmup"], c["free_bits"]) == (1000, warmup, free_bits)
     assert train.defaults({"size": "paper", "ivae": True})["update"] == "joint"
+    best = train.defaults({"size": "best", "rl": True, "dataset": "mnist", "ema": 0.5})
+    assert (best["epochs"], best["schedule"], best["ema"]) == (40, "cosine", 0.5)
     fashion = {"dataset": "fashionmnist"}  # the small preset warms up where the top is at risk
     for flags, warmup in (
         ({"rl": True}, 20), ({"rl": True, "dataset": "cifar10"}, 1), ({"rl": True} | fashion, 10),
@@ -2443,6 +2449,8 @@ def test_settings_of_the_paper():
         ({"arch": "hvae"} | fashion, 0), ({}, 0), ({"rl": True, "minutes": 3.0} | fashion, 10),
         ({"rl": True, "epochs": 5} | fashion, 2), ({"rl": True, "epochs": 1} | fashion, 1),
         ({"rl": True, "epochs": 5, "warmup": 9} | fashion, 9),
+        ({"rl": True, "size": "best"} | fashion, 20), ({"size": "best"} | fashion, 0),
+        ({"rl": True, "size": "best", "epochs": 6} | fashion, 3),
     ):  # fmt: skip
         assert train.defaults(flags)["warmup"] == warmup
 
