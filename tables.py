@@ -294,9 +294,7 @@ MEASURES = {  # name: heading, decimals
     "iwae": ("IWAE", 1),
     "kls": ("KL, z_1 … z_L", 2),
 }
-SHOWN = tuple(
-    name for name in MEASURES if name not in ("elbo", "iwae", "kls")
-)  # of a table unasked
+SHOWN = tuple(name for name in MEASURES if name not in ("elbo", "iwae", "kls"))  # unless asked
 
 
 def measures(run: Run) -> dict:

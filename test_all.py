@@ -1213,14 +1213,15 @@ def test_measured_elbo_is_that_of_all_latents_together(arch):
         x = data.observed(pictures)
         posteriors, priors, z, _ = model.infer(x)
         by_hand = model.generate(z).log_prob(x)
+        closed = by_hand - rewards.level_kl(models.Inference(posteriors, priors, z)).sum(dim=0)
         for q, p, value in zip(posteriors, priors, z, strict=True):
             q, p = q.base_dist, p.base_dist
             ratio = (value - q.loc).square() / q.scale**2 - (value - p.loc).square() / p.scale**2
-            by_hand += (ratio / 2 + q.scale.log() - p.scale.log()).flatten(1).sum(dim=1)
+            by_hand = by_hand + (ratio / 2 + q.scale.log() - p.scale.log()).flatten(1).sum(dim=1)
     assert found["elbo"] == pytest.approx(by_hand.mean().item(), rel=1e-6)
     if arch == "lvae":
-        closed = found["log_px_given_z"][0] - sum(found["kl"])
-        assert found["elbo"] == pytest.approx(closed, abs=5 * (by_hand.std() / 250**0.5).item())
+        noise = by_hand - closed
+        assert 0 < noise.mean().abs() < 4 * noise.std() / 250**0.5
 
 
 class Recalls(torch.nn.Module):
