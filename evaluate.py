@@ -154,10 +154,15 @@ WIDEST = 1024  # numbers of a level that the probe takes: wider maps are average
 
 
 def probes(
-    model: models.Network, data: Data, binarised: bool = False, which: str = "every"
+    model: models.Network,
+    data: Data,
+    binarised: bool = False,
+    which: str = "every",
+    sample: bool = False,
 ) -> dict[str, float]:
     """The probe of each level and of all levels together: {"z1": ..., "zL": ..., "all": ...}, on
-    grey or colour images, or on the `binarised`; with `which="top"` of z_L alone.
+    grey or colour images, or on the `binarised`; with `which="top"` of z_L alone; with `sample` on
+    one sample of the posterior of each image instead of the means.
 
     Empty where the images have no labels.
     """
@@ -167,7 +172,7 @@ def probes(
     train, test = (
         [
             level.cpu().numpy()
-            for level in representations(model, images, False, WIDEST, seed, binarised)
+            for level in representations(model, images, sample, WIDEST, seed, binarised)
         ]
         for images, seed in ((data.train, 0), (data.test, len(data.train)))
     )
@@ -181,6 +186,11 @@ def probes(
         found[i] = linear_probe(views[0], labels[0], views[1], labels[1])
     return dict(zip(names, parallel.total(found).tolist(), strict=True))
 
+
+OTHER_PROBES = {  # by the option that asks for it: a word about it, and what `probes` then takes
+    "binarised": ("binarised images", {"binarised": True}),
+    "sampled": ("samples of the posterior", {"sample": True}),
+}
 
 # --------------------------------------------------------------------------------------------------
 # Likelihoods and divergences
@@ -301,11 +311,11 @@ def evaluate(
     data: Data,
     samples: int = 16,
     mine_levels: tuple[int, ...] = (),
-    binarised: bool = False,
+    others: tuple[str, ...] = (),
     probe: str = "every",
 ) -> dict:
     """All measures of a model on a data set, as README.md lists them. `mine_levels` are 0-based,
-    `probe` is one of PROBES.
+    `others` names of OTHER_PROBES, `probe` one of PROBES.
 
     Percentages from 0 to 100, nats per image; kl, active_units and log_px_given_z bottom to top.
     """
@@ -316,8 +326,8 @@ def evaluate(
     result["mine"] = {
         f"z{level + 1}": level_information(model, data, level) for level in mine_levels
     }
-    if binarised:
-        result["probe_binarised"] = probes(model, data, True, probe)
+    for name in others:
+        result[f"probe_{name}"] = probes(model, data, which=probe, **OTHER_PROBES[name][1])
     return result
 
 
@@ -366,9 +376,10 @@ def table(result: dict) -> str:
         f"  importance-weighted bound ({result['iwae_samples']} samples) {result['iwae']:.2f} nats"
     )  # fmt: skip
     lines.append(f"{'all':>6} {probe.get('all', '-'):>8} {sum(result['kl']):8.3f}")
-    if result.get("probe_binarised"):
-        of_levels = "  ".join(f"{k} {v:.2f}" for k, v in result["probe_binarised"].items())
-        lines.append(f"probe % on binarised images: {of_levels}")
+    for name, (what, _) in OTHER_PROBES.items():
+        if result.get(f"probe_{name}"):
+            of_levels = "  ".join(f"{k} {v:.2f}" for k, v in result[f"probe_{name}"].items())
+            lines.append(f"probe % on {what}: {of_levels}")
     lines.append(f"ELBO {result['elbo']:.2f} nats{iwae}  bpd {result['bpd']:.4f} (of the ELBO)")
     return "\n".join(lines)
 
@@ -417,6 +428,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mine", action="store_true", help="mutual information of x and z_L")
     parser.add_argument("--binarised", action="store_true",
                         help="the probe on binarised images as well, one draw of each")
+    parser.add_argument("--sampled", action="store_true",
+                        help="the probe on a sample of the posterior of each image as well")
     parser.add_argument("--mine-levels", help="or of these levels, 1 the lowest: 1,5")
     # fmt: on
     args = parser.parse_args(argv)
@@ -495,6 +508,11 @@ def data_of(config: dict, data_dir: str | None = None) -> Data:
     return first_images(data, config.get("train_images"))
 
 
+def other_probes(args: argparse.Namespace) -> tuple[str, ...]:
+    """The names of OTHER_PROBES that are asked for."""
+    return tuple(name for name in OTHER_PROBES if getattr(args, name))
+
+
 def levels_of_mine(args: argparse.Namespace, levels: int) -> tuple[int, ...]:
     """The 0-based levels whose mutual information is asked for."""
     if not args.mine_levels:
@@ -531,7 +549,7 @@ def evaluate_run(folder: Path, args: argparse.Namespace) -> dict:
         data,
         samples=args.samples,
         mine_levels=levels,
-        binarised=args.binarised,
+        others=other_probes(args),
         probe=args.probe,
     )
 
@@ -555,13 +573,14 @@ def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict | None:
     result = tables.read_json(path, ("probe", "kl", "bpd", "mine"))
     levels = levels_of_mine(args, len(result["kl"]))
     missing = [level for level in levels if f"z{level + 1}" not in result["mine"]]
-    binarise = args.binarised and "probe_binarised" not in result
-    if missing or binarise:
+    others = [name for name in other_probes(args) if f"probe_{name}" not in result]
+    if missing or others:
         _, model, data = opened(folder, args)
         for level in missing:
             result["mine"][f"z{level + 1}"] = level_information(model, data, level)
-        if binarise:
-            result["probe_binarised"] = probes(model, data, True, args.probe)
+        for name in others:
+            chosen = OTHER_PROBES[name][1]
+            result[f"probe_{name}"] = probes(model, data, which=args.probe, **chosen)
         write_json(path, result)
     return result
 
