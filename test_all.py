@@ -1370,7 +1370,8 @@ def test_probe_of_binarised_images(few, tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "run")
     train.main([*TINY, "--epochs", "2", "--batch-size", "64", "--out", out])
     evaluate.main([out, "--table", "--binarised"])
-    assert "binarised z_L %" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "binarised z_L %" in shown and "binarised all %" in shown
     kept = json.loads(Path(out, "eval.json").read_text())
     model = evaluate.restore_model(evaluate.load_checkpoint(Path(out)))
     assert kept["probe_binarised"] == evaluate.probes(model, few, binarised=True)
