@@ -406,7 +406,7 @@ def main(argv: list[str] | None = None) -> None:
                         "mean and standard deviation over seeds, beside the paper's values")
     parser.add_argument("--markdown", action="store_true", help="with --table: as Markdown")
     parser.add_argument("--columns", metavar="NAMES", help="with --table: these in this order, of "
-                        f"{','.join(tables.MEASURES)} (default all but the last two)")
+                        f"{','.join(tables.MEASURES)} (default all but the last three)")
     parser.add_argument("--after-epochs", type=int, metavar="N", help="with --table or --figures: "
                         "runs as they were after N epochs, by the looks of train.py --eval-every")
     parser.add_argument("--after-minutes", type=float, metavar="N",
