@@ -192,6 +192,12 @@ OTHER_PROBES = {  # by the option that asks for it: a word about it, and what `p
     "sampled": ("samples of the posterior", {"sample": True}),
 }
 
+
+def other_probe(model: models.Network, data: Data, name: str, which: str) -> dict[str, float]:
+    """`probes` by a name of OTHER_PROBES."""
+    return probes(model, data, which=which, **OTHER_PROBES[name][1])
+
+
 # --------------------------------------------------------------------------------------------------
 # Likelihoods and divergences
 
@@ -327,7 +333,7 @@ def evaluate(
         f"z{level + 1}": level_information(model, data, level) for level in mine_levels
     }
     for name in others:
-        result[f"probe_{name}"] = probes(model, data, which=probe, **OTHER_PROBES[name][1])
+        result[f"probe_{name}"] = other_probe(model, data, name, probe)
     return result
 
 
@@ -579,8 +585,7 @@ def kept_evaluation(folder: Path, args: argparse.Namespace) -> dict | None:
         for level in missing:
             result["mine"][f"z{level + 1}"] = level_information(model, data, level)
         for name in others:
-            chosen = OTHER_PROBES[name][1]
-            result[f"probe_{name}"] = probes(model, data, which=args.probe, **chosen)
+            result[f"probe_{name}"] = other_probe(model, data, name, args.probe)
         write_json(path, result)
     return result
 
