@@ -108,11 +108,12 @@ def load(
     download: bool = True,
     image_size: int | None = None,
     unlabelled: bool = False,
+    threshold: bool = False,
 ) -> Data:
     """A data set on the CPU. Raises UserError with the ways to get it where it cannot be had.
 
     `image_size` is the side of the images of "folder" (default 32); `unlabelled` adds the 100,000
-    unlabelled images of "stl10".
+    unlabelled images of "stl10"; `threshold` makes grey images black and white, once and for all.
     """
     folder = Path(data_dir)
     if name not in SHAPES:
@@ -120,6 +121,10 @@ def load(
     shape = image_shape(name, image_size)
     if unlabelled and name != "stl10":
         raise UserError(f"--unlabelled is for --dataset stl10: {name} has no unlabelled split")
+    if threshold and shape[0] > 1:
+        raise UserError(f"--threshold is for grey images: those of {name} have colours")
+    if threshold:
+        return thresholded(load(name, data_dir, download))
     if name == "digits":
         return _digits()
     if name == "mnist":
@@ -717,6 +722,13 @@ def first_images(data: Data, n: int | None) -> Data:
     return data._replace(
         train=first(data.train), train_labels=labels, unlabelled=first(data.unlabelled)
     )
+
+
+def thresholded(data: Data) -> Data:
+    """The data with its grey images in black and white, 255 where a pixel is above 127, else 0: a
+    binarisation that leaves no noise to explain."""
+    images = {k: v for k, v in data._asdict().items() if v is not None and k in IMAGE_FIELDS}
+    return data._replace(**{k: (v > 127).to(torch.uint8) * 255 for k, v in images.items()})
 
 
 # --------------------------------------------------------------------------------------------------

@@ -493,7 +493,7 @@ def command(args: argparse.Namespace) -> None:
         device, loaded = pick_device(args.device), {}
 
         def data_for(config: dict) -> Data:  # each data set once
-            names = ("dataset", "data_dir", "image_size", "train_images")
+            names = ("dataset", "data_dir", "image_size", "train_images", "threshold")
             key = tuple(config.get(name) for name in names)
             if key not in loaded:
                 loaded[key] = place(data_of(config, args.data_dir), device, args.device_data)
@@ -510,6 +510,7 @@ def data_of(config: dict, data_dir: str | None = None) -> Data:
         data_dir or config["data_dir"],
         image_size=config.get("image_size"),
         unlabelled=config.get("unlabelled", False),
+        threshold=config.get("threshold", False),
     )
     return first_images(data, config.get("train_images"))
 

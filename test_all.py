@@ -2597,6 +2597,7 @@ TRAIN_MISTAKES = [
     (["--dataset", "folder", "--image-size", "4"], "--image-size 4: choose from 8 to 1024"),
     (["--dataset", "folder", "--image-size", "50"], "squares whose side is a multiple of 4"),
     (["--unlabelled"], "--unlabelled is for --dataset stl10"),
+    (["--dataset", "cifar10", "--threshold"], "--threshold is for grey images: those of cifar10"),
     (["--device-data", "maybe"], "invalid choice: 'maybe'"),
     (["--update", "all"], "invalid choice: 'all'"),
     (["--colour"], "unrecognized arguments"),
@@ -3589,6 +3590,25 @@ def test_the_first_images(tmp_path, capsys):
     capsys.readouterr()
     evaluate.main([str(tmp_path / "run"), "--json"])
     assert json.loads(capsys.readouterr().out)["probe"] == first["probe"]
+
+
+def test_thresholded_images(tmp_path, capsys):
+    """Black or white from the file on: nothing is drawn, in training and in every measure."""
+    grey, d = data.load("digits"), data.load("digits", threshold=True)
+    for of_grey, images in ((grey.train, d.train), (grey.test, d.test)):
+        assert images.dtype == torch.uint8 and 0 < (of_grey == 127).sum() < of_grey.numel()
+        assert images.numpy().tolist() == np.where(of_grey.numpy() >= 127.5, 255, 0).tolist()
+        assert torch.equal(data.observed(images), data.to_unit(images))
+    assert torch.equal(d.train_labels, grey.train_labels)
+    flags, folders = [*TINY, "--epochs", "1"], [str(tmp_path / "white"), str(tmp_path / "grey")]
+    train.main([*flags, "--threshold", "--out", folders[0]])
+    train.main([*flags, "--out", folders[1]])
+    capsys.readouterr()
+    evaluate.main([*folders, "--table", "--binarised"])
+    labels = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"LVAE", "LVAE, threshold"} <= set(labels)
+    found = [json.loads((Path(folder) / "eval.json").read_text()) for folder in folders]
+    assert [e["probe"] == e["probe_binarised"] for e in found] == [True, False]
 
 
 # --------------------------------------------------------------------------------------------------

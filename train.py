@@ -83,6 +83,9 @@ def parser() -> evaluate.Parser:
                    "(default 32): the middle square of each is resized to it")
     p.add_argument("--unlabelled", action="store_true",
                    help="train on the 100,000 unlabelled images of --dataset stl10")
+    p.add_argument("--threshold", action="store_true",
+                   help="grey images in black and white once and for all, at half, instead of "
+                   "binarised anew at every use")
     p.add_argument("--device-data", choices=("auto", "on", "off"),
                    help="images live in the device's memory (on) or go there batch by batch (off); "
                    "auto: on where they take a quarter of its free memory at most")
@@ -154,10 +157,10 @@ def defaults(given: dict) -> dict:
     """A full configuration: the flags given, the rest by --size, --dataset and --rl."""
     config = dict(
         arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", pay="inferred", dataset="digits",
-        data_dir="data", image_size=None, unlabelled=False, device="auto", device_data="auto",
-        size="small", latents=None, levels=None, channels=None, batch_size=128, warmup=0,
-        free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, probe="every", save_every=60.0,
-        dtype="auto", compile=False, accumulate=1, train_images=None, minutes=None,
+        data_dir="data", image_size=None, unlabelled=False, threshold=False, device="auto",
+        device_data="auto", size="small", latents=None, levels=None, channels=None, batch_size=128,
+        warmup=0, free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, probe="every",
+        save_every=60.0, dtype="auto", compile=False, accumulate=1, train_images=None, minutes=None,
         schedule="constant", ema=0.0,
     )  # fmt: skip
     config |= given
