@@ -190,6 +190,10 @@ def probes(
 OTHER_PROBES = {  # by the option that asks for it: a word about it, and what `probes` then takes
     "binarised": ("binarised images", {"binarised": True}),
     "sampled": ("samples of the posterior", {"sample": True}),
+    "sampled_binarised": (
+        "samples of the posterior of binarised images",
+        {"binarised": True, "sample": True},
+    ),
 }
 
 
@@ -436,6 +440,8 @@ def main(argv: list[str] | None = None) -> None:
                         help="the probe on binarised images as well, one draw of each")
     parser.add_argument("--sampled", action="store_true",
                         help="the probe on a sample of the posterior of each image as well")
+    parser.add_argument("--sampled-binarised", action="store_true",
+                        help="the probe on a sample of the posterior of each binarised image")
     parser.add_argument("--mine-levels", help="or of these levels, 1 the lowest: 1,5")
     # fmt: on
     args = parser.parse_args(argv)
@@ -536,8 +542,10 @@ def opened(folder: Path, args: argparse.Namespace) -> tuple[dict, models.Network
     state, device = load_checkpoint(folder), pick_device(args.device)
     model, name = restore_model(state), state["config"]["dataset"]
     levels_of_mine(args, model.levels)  # what cannot be is said before any data are read
-    if args.binarised and model.config.image[0] > 1:
-        raise UserError(f"{folder} is of colour images: --binarised is for grey ones")
+    for probe in other_probes(args):
+        if OTHER_PROBES[probe][1].get("binarised") and model.config.image[0] > 1:
+            flag = f"--{probe.replace('_', '-')}"
+            raise UserError(f"{folder} is of colour images: {flag} is for grey ones")
     data = place(data_of(state["config"], args.data_dir), device, args.device_data)
     if tuple(data.train.shape[1:]) != tuple(model.config.image):
         raise UserError(f"{folder} was trained on other images than {name} now has")

@@ -1379,12 +1379,14 @@ def test_probe_of_binarised_images(few, tmp_path, monkeypatch, capsys):
     assert "on binarised images: z1" in capsys.readouterr().out
     model.config = model.config._replace(image=(3, 28, 28))
     monkeypatch.setattr(evaluate, "restore_model", lambda state: model)
-    fails(capsys, [out, "--binarised"], "is for grey", evaluate.main)
+    for flag in ("--binarised", "--sampled-binarised"):
+        fails(capsys, [out, flag], f"{flag} is for grey", evaluate.main)
 
 
 def test_probe_of_samples_of_the_posterior(few, tmp_path, capsys):
     """Of two classes at -1 and 1 with unit noise the best classifier has Φ(1) = 84.1 % of the
-    samples right, of the means all."""
+    samples right, of the means all. Where a quarter of a class's pixels comes out as the other
+    class's, it has 3/4 of the binarised means right, and of their samples 3/4 Φ(1) + 1/4 Φ(-1)."""
 
     class Noisy(torch.nn.Module):
         levels, latent_shapes, zero = 1, [(1,)], torch.zeros(())
@@ -1400,8 +1402,13 @@ def test_probe_of_samples_of_the_posterior(few, tmp_path, capsys):
     )
     assert evaluate.probes(Noisy(), two) == {"z1": 100.0, "all": 100.0}
     found = evaluate.probes(Noisy(), two, sample=True)
-    best = 100 * NormalDist().cdf(1)
-    assert found["z1"] == found["all"] == pytest.approx(best, abs=1.6)  # 3 standard errors
+    phi = NormalDist().cdf(1)
+    assert found["z1"] == found["all"] == pytest.approx(100 * phi, abs=1.6)  # 3 standard errors
+    dim = torch.where(labels == 1, 191.25, 63.75).to(torch.uint8).view(-1, 1, 1, 1)
+    two = two._replace(train=dim, test=dim[:5000])
+    for name, right in (("binarised", 0.75), ("sampled_binarised", 0.75 * phi + 0.25 * (1 - phi))):
+        found = evaluate.other_probe(Noisy(), two, name, "every")
+        assert found["z1"] == found["all"] == pytest.approx(100 * right, abs=2.1)
     out = str(tmp_path / "run")
     train.main([*TINY, "--epochs", "2", "--batch-size", "64", "--out", out])
     before = json.loads(Path(out, "eval.json").read_text())
@@ -1413,9 +1420,10 @@ def test_probe_of_samples_of_the_posterior(few, tmp_path, capsys):
     model = evaluate.restore_model(evaluate.load_checkpoint(Path(out)))
     assert kept.pop("probe_sampled") == evaluate.probes(model, few, sample=True)
     assert kept == before  # what was measured before stays as it was
-    evaluate.main([out, "--sampled", "--probe", "top"])
-    top = f"z{model.levels}"
-    assert f"on samples of the posterior: {top}" in capsys.readouterr().out
+    evaluate.main([out, "--sampled", "--sampled-binarised", "--probe", "top"])
+    top, shown = f"z{model.levels}", capsys.readouterr().out
+    assert f"on samples of the posterior: {top}" in shown
+    assert f"on samples of the posterior of binarised images: {top}" in shown
 
 
 def test_mine_takes_images_as_they_are():
