@@ -2712,8 +2712,9 @@ def test_table_of_seeds(tmp_path, capsys):
              for seed in (0, 1)]  # fmt: skip
     runs.append(write_run(tmp_path, "other", FASHION | {"rl": True, "gamma": 0.8}, 60.0))
     runs.append(write_run(tmp_path, "digits", {"arch": "vae"}, 0.0))
-    runs += [write_run(tmp_path, key, FASHION | {"arch": "biva", key: value})
-             for key, value in (("train_images", 900), ("latents", "9,8,7,6,5"))]  # fmt: skip
+    runs += [write_run(tmp_path, f"biva{value}", FASHION | {"arch": "biva", key: value})
+             for key, value in (("train_images", 900), ("latents", "9,8,7,6,5"),
+                                ("latents", "128,64,32,16,8"))]  # fmt: skip
     evaluate.main([*map(str, runs), "--table", "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "**digits**" and "**fashionmnist**" in lines
@@ -2732,6 +2733,7 @@ def test_table_of_seeds(tmp_path, capsys):
     assert rows["VAE"][:3] == ["VAE", "1", "0.00"]  # a mean of 0 is a value
     for label in ("BIVA, 900 images", "BIVA, latents 9,8,7,6,5"):  # the paper has none like these
         assert rows[label][3] == rows[label][9] == ""
+    assert rows["BIVA, latents 128,64,32,16,8"][3] == "28.67 ± 0.64"  # those of its text
     assert "MINE cannot exceed 9.21 nats." in lines
     evaluate.main([*map(str, runs), "--table"])
     text = capsys.readouterr().out.splitlines()
