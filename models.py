@@ -45,6 +45,7 @@ class Config(NamedTuple):
     strides: tuple[int, ...]
     blocks: int  # residual blocks a level
     patch: int  # the stem cuts the image into patch x patch squares
+    mean_field: bool = False  # of lvae: posteriors do not see the sample above
 
 
 # Colour images of more than 48 pixels a side take "large".
@@ -108,6 +109,7 @@ def configure(
     latents: str | None = None,
     levels: int | None = None,
     channels: int | None = None,
+    mean_field: bool = False,
 ) -> Config:
     """The configuration of one of ARCHS at a preset size for a kind of image.
 
@@ -128,6 +130,8 @@ def configure(
         if levels is None:
             levels = 1 if arch in ONE_LEVEL else len(row["latents"])
         names = latent_names(levels, image[0] == 1, row["latents"])
+    if mean_field and arch != "lvae":
+        raise ValueError(f"--mean-field is for lvae, whose merge it leaves out, not for {arch}")
     if not 1 <= len(names) <= MAX_LEVELS:
         raise ValueError(f"{len(names)} levels: a hierarchy has 1 to {MAX_LEVELS}")
     if arch in ONE_LEVEL and len(names) != 1:
@@ -156,6 +160,7 @@ def configure(
         strides=per_level(row["strides"]),
         blocks=row["blocks"],
         patch=row["patch"],
+        mean_field=mean_field,
     )
 
 
@@ -456,13 +461,15 @@ class LVAE(Hierarchy):
     """Top-down inference (Eq. 2): q(z_L|x), then q(z_l|z_{l+1}, x) downwards.
 
     As in a ladder (Sønderby et al. 2016) the posterior merges the features of x with the
-    generative features of the sample above, the same that give the prior.
+    generative features of the sample above, the same that give the prior. Without that merge
+    (`mean_field`) every q(z_l|x) is of x alone, and the levels meet in the priors only.
     """
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.order = tuple(reversed(range(self.levels)))
-        self.merge = nn.ModuleList(Merge(config.channels, k) for k in config.kernels[:-1])
+        merged = () if config.mean_field else config.kernels[:-1]
+        self.merge = nn.ModuleList(Merge(config.channels, kernel) for kernel in merged)
         self.posterior_heads = nn.ModuleList(
             ToGaussian(config.channels, size, shape)
             for size, shape in zip(self.sizes[1:], self.latent_shapes, strict=True)
@@ -474,7 +481,7 @@ class LVAE(Hierarchy):
         for level in self.order:
             h = features[level]
             of_sample, prior = self.top_down(level, z)
-            if of_sample is not None:
+            if of_sample is not None and not self.config.mean_field:
                 h = self.merge[level](h, of_sample)
             posterior = self.posterior_heads[level](h)
             z = posterior.rsample() if sample else posterior.mean

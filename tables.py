@@ -99,11 +99,12 @@ METHODS = ("AAE", "VAE", "VAE+IVAE", "VAE+RL", "BIVA", "HVAE", "HVAE+IVAE", "HVA
 ADDED = {  # settings of a run from before they could be chosen
     "ivae": False, "pay": "inferred", "compile": False, "accumulate": 1, "train_images": None,
     "minutes": None, "schedule": "constant", "ema": 0.0, "threshold": False,
+    "mean_field": False,
 }  # fmt: skip
 UNSAID = {  # values that need no word beside a row that has another
     "pay": "inferred", "skip": "mean", "latents": None, "channels": None, "compile": False,
     "train_images": None, "schedule": "constant", "ema": 0.0, "free_bits": 0.0,
-    "free_bits_epochs": None, "threshold": False,
+    "free_bits_epochs": None, "threshold": False, "mean_field": False,
 }  # fmt: skip
 NOT_COMPARED = {
     "seed", "out", "data_dir", "device", "device_data", "eval_every", "probe", "save_every",

@@ -178,6 +178,34 @@ def test_posterior_is_conditioned_on_x_and_on_the_neighbouring_sample_alone(arch
                     assert by_z[other] is None or by_z[other].abs().max() == 0
 
 
+def test_mean_field_posteriors_are_those_of_each_level_alone(monkeypatch):
+    """q(z_l|x): heads on the features of x, whatever is sampled above; the model's other half is
+    the ladder's, and the KL still meets the prior given the sample."""
+    config = tiny("lvae", 5).config._replace(mean_field=True)
+    model, x = models.build(config).double(), images(3)
+    z = [torch.randn(3, *s, dtype=torch.float64).requires_grad_() for s in model.latent_shapes]
+    posteriors = infer_given(model, x, z, monkeypatch)
+    expected = [
+        head(features)
+        for head, features in zip(model.posterior_heads, model.features(x), strict=True)
+    ]
+    for found, literal in zip(posteriors, expected, strict=True):
+        assert_same(found.mean, literal.mean)
+        assert_same(found.stddev, literal.stddev)
+        by_z = torch.autograd.grad(found.mean.sum(), z, allow_unused=True, retain_graph=True)
+        assert by_z == (None,) * 5
+    inference = model.infer(x)
+    for level in range(4):
+        prior = model.prior(level, inference.latents[level + 1])
+        assert_same(inference.priors[level].mean, prior.mean)
+    ladder = dict(tiny("lvae", 5).named_parameters())
+    without_merge = {name for name in ladder if not name.startswith("merge.")}
+    assert {name for name, _ in model.named_parameters()} == without_merge != set(ladder)
+    loss = rewards.joint_loss(model, x, 0.9).value  # every parameter that is there has a part in it
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    assert all(gradient is not None for gradient in found)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_markov_given_a_level_nothing_above_reaches_the_pixels(arch):
     model = tiny(arch, 5)
@@ -2605,6 +2633,7 @@ TRAIN_MISTAKES = [
     (["--dataset", "folder", "--image-size", "4"], "--image-size 4: choose from 8 to 1024"),
     (["--dataset", "folder", "--image-size", "50"], "squares whose side is a multiple of 4"),
     (["--unlabelled"], "--unlabelled is for --dataset stl10"),
+    (["--arch", "hvae", "--mean-field"], "--mean-field is for lvae, whose merge it leaves out"),
     (["--dataset", "cifar10", "--threshold"], "--threshold is for grey images: those of cifar10"),
     (["--device-data", "maybe"], "invalid choice: 'maybe'"),
     (["--update", "all"], "invalid choice: 'all'"),

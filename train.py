@@ -97,6 +97,9 @@ def parser() -> evaluate.Parser:
     p.add_argument("--levels", type=int,
                    help="1 to 10: 8 dimensions at the top, doubling downwards to at most 128")
     p.add_argument("--channels", type=int, help="feature maps of every layer")
+    p.add_argument("--mean-field", action="store_true",
+                   help="lvae without its merge: posteriors q(z_l|x) that do not see the sample "
+                   "above")
     p.add_argument("--epochs", type=int, help="passes over the training images")
     p.add_argument("--minutes", type=float,
                    help="or train for so long, to the end of the nearest epoch")
@@ -158,10 +161,10 @@ def defaults(given: dict) -> dict:
     config = dict(
         arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", pay="inferred", dataset="digits",
         data_dir="data", image_size=None, unlabelled=False, threshold=False, device="auto",
-        device_data="auto", size="small", latents=None, levels=None, channels=None, batch_size=128,
-        warmup=0, free_bits=0.0, free_bits_epochs=None, seed=0, eval_every=0, probe="every",
-        save_every=60.0, dtype="auto", compile=False, accumulate=1, train_images=None, minutes=None,
-        schedule="constant", ema=0.0,
+        device_data="auto", size="small", latents=None, levels=None, channels=None,
+        mean_field=False, batch_size=128, warmup=0, free_bits=0.0, free_bits_epochs=None, seed=0,
+        eval_every=0, probe="every", save_every=60.0, dtype="auto", compile=False, accumulate=1,
+        train_images=None, minutes=None, schedule="constant", ema=0.0,
     )  # fmt: skip
     config |= given
     if config["size"] == "paper":
@@ -196,7 +199,7 @@ def defaults(given: dict) -> dict:
 
 
 def network(config: dict) -> models.Config:
-    keys = ("arch", "size", "latents", "levels", "channels")
+    keys = ("arch", "size", "latents", "levels", "channels", "mean_field")
     image = image_shape(config["dataset"], config["image_size"])
     try:
         return models.configure(image=image, **{k: config[k] for k in keys})
@@ -569,10 +572,11 @@ def introduce(run: Run, data: Data) -> None:
     length = f"{c['minutes']:g} minutes" if c["minutes"] else f"{c['epochs']} epochs"
     processes = f", one of {parallel.SIZE} processes" if parallel.SIZE > 1 else ""
     how = ", compiled" if c["compile"] else ""
+    field = ", mean field" if m.mean_field else ""
     parts = f" in {c['accumulate']} parts" if c["accumulate"] > 1 else ""
     say(
-        f"model     {c['arch']}, {c['size']}, levels {','.join(m.latents)} from the pixels up, "
-        f"{m.channels} channels, {parameters:.2f} M parameters\n"
+        f"model     {c['arch']}{field}, {c['size']}, levels {','.join(m.latents)} from the pixels "
+        f"up, {m.channels} channels, {parameters:.2f} M parameters\n"
         f"objective {objective}, {warmup}{free if c['free_bits'] else ''}\n"
         f"data      {c['dataset']}, {len(data.to_train_on):,} training and {len(data.test):,} test "
         f"images of {'x'.join(map(str, m.image))}, {len(data.classes) or 'no'} classes\n"
