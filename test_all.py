@@ -2803,20 +2803,41 @@ def test_order_of_rows(tmp_path):
     assert [g.first.folder for g in tables.groups(runs[::-1])] == folders
 
 
-def test_tables_of_the_readme_are_those_of_the_results(capsys, monkeypatch):
-    """Each command in README.md that prints Markdown prints what README.md has."""
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_tables_of_a_page_are_those_of_the_results(page, capsys, monkeypatch):
+    """Each command of the page that prints Markdown prints the table right above it."""
     here = Path(__file__).parent
     monkeypatch.chdir(here)
-    text = "\n".join(line.strip() for line in (here / "README.md").read_text().splitlines())
-    commands = re.findall(r"`python evaluate.py (results/[^`]*--markdown[^`]*)`", text)
-    assert len(commands) >= 2
-    for command in commands:
-        words = [glob.glob(w) if w.startswith("results/") else [w] for w in command.split()]
-        assert all(words), f"{command}: no such runs"
-        evaluate.main([word for words_of_one in words for word in sorted(words_of_one)])
-        printed = capsys.readouterr().out.split("\n\n")
-        for table in (part.strip() for part in printed if part.startswith("|")):
-            assert table in text, f"{command} prints another table:\n{table}"
+    blocks = (here / page).read_text().split("\n\n")
+    commands = 0
+    for i, block in enumerate(blocks):
+        for command in re.findall(r"`python evaluate.py (results/[^`]*--markdown[^`]*)`", block):
+            above = [b for b in blocks[:i] if b.startswith("|")][-1]
+            words = [glob.glob(w) if w.startswith("results/") else [w] for w in command.split()]
+            assert all(words), f"{command}: no such runs"
+            evaluate.main([word for words_of_one in words for word in sorted(words_of_one)])
+            printed = capsys.readouterr().out.split("\n\n")
+            (table,) = (part.strip() for part in printed if part.startswith("|"))
+            assert table == above, f"{command} prints another table:\n{table}"
+            commands += 1
+    assert commands >= 2
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_links_of_a_page_lead_somewhere(page):
+    """Files are there, and anchors are headings, spelled as GitHub does, or named by hand."""
+    path = Path(__file__).parent / page
+    links = re.findall(r"\]\((?!https:)([^)]*)\)", path.read_text())
+    assert len(links) > 10
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor:
+            text = target.read_text()
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs | set(re.findall(r'<a name="(.*?)">', text)), link
 
 
 def test_settings_that_make_a_configuration(tmp_path):
