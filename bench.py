@@ -24,7 +24,8 @@ import models
 import parallel
 import rewards
 import train
-from data import UserError, observed, place, shuffled, take
+from data import observed, place, shuffled, take
+from files import UserError
 
 WARM_UP, ROUNDS, SECONDS = 3, (7, 60), 60.0  # at least and at most so many rounds, in so much time
 # Dense products of bfloat16, and of float32 as TF32, in 10^12 operations a second, as specified.

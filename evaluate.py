@@ -28,18 +28,8 @@ import models
 import parallel
 import rewards
 import tables
-from data import (
-    Data,
-    UserError,
-    first_images,
-    in_order,
-    load,
-    observed,
-    pick_device,
-    place,
-    to_unit,
-    writing,
-)
+from data import Data, first_images, in_order, load, observed, pick_device, place, to_unit
+from files import UserError, writing
 
 CHECKPOINT = "checkpoint.pt"
 PROBES = ("every", "top")  # of every level and of all together, or of the top level alone

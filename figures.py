@@ -20,7 +20,8 @@ from torch.distributions import Normal
 
 import evaluate
 import tables
-from data import Data, UserError, to_unit, writing
+from data import Data, to_unit
+from files import UserError, writing
 
 # Colours that the colour-blind tell apart: Okabe and Ito's for lines, Paul Tol's for ten classes.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")

@@ -25,7 +25,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 import rewards
-from data import UserError, pick_device
+from data import pick_device
+from files import UserError
 
 T = TypeVar("T")
 RANK, SIZE, LOCAL_RANK = (  # LOCAL_RANK is the process's number on its machine

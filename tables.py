@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import models
-from data import UserError
+from files import UserError
 
 # --------------------------------------------------------------------------------------------------
 # What the paper reports: mean and standard deviation over 5 seeds, as printed there

@@ -42,6 +42,7 @@ import bench
 import data
 import evaluate
 import figures
+import files
 import likelihoods
 import mine
 import models
@@ -1790,7 +1791,7 @@ def test_stl10(write_stl10, tmp_path):
     (folder / "unlabeled_X.bin").unlink()  # 2.6 GB that only --unlabelled needs
     d = data.load("stl10", tmp_path)
     assert d.unlabelled is None and d.to_train_on is d.train
-    with pytest.raises(data.UserError, match="lacks unlabeled_X"):
+    with pytest.raises(files.UserError, match="lacks unlabeled_X"):
         data.load("stl10", tmp_path, unlabelled=True)
 
 
@@ -1949,13 +1950,13 @@ def test_images_are_the_middle_square_resized(tmp_path):
 
 def test_decoding_happens_once_and_again_when_the_source_changes(tmp_path, monkeypatch):
     base, calls = write_tinyimagenet(tmp_path), []
-    whole = data.decode
+    whole = files.decode
 
     def decode(*args):
         calls.append(args)
         return whole(*args)
 
-    monkeypatch.setattr(data, "decode", decode)
+    monkeypatch.setattr(files, "decode", decode)
 
     def load() -> tuple[int, data.Data]:
         before = len(calls)
@@ -1987,13 +1988,13 @@ def test_decoding_that_is_killed_or_finds_no_room_leaves_nothing_half(tmp_path, 
     write_tinyimagenet(tmp_path, per_class=2)
     script = textwrap.dedent("""
         import os, signal, sys
-        import data
-        whole = data.decode
+        import data, files
+        whole = files.decode
         def decode(*args):
             if any("train" in name for name in args[1]) and args[1][0].endswith("_1.JPEG"):
                 os.kill(os.getpid(), signal.SIGKILL)
             return whole(*args)
-        data.decode, data.BLOCK = decode, 1
+        files.decode, files.BLOCK = decode, 1
         data.load("tinyimagenet", sys.argv[1])
     """)
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=HERE, check=False)
@@ -2013,13 +2014,13 @@ def test_decoding_that_is_killed_or_finds_no_room_leaves_nothing_half(tmp_path, 
 
 
 def test_decoding_in_several_processes_keeps_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 2)  # 30 images are more than eight blocks
+    monkeypatch.setattr(files, "BLOCK", 2)  # 30 images are more than eight blocks
     write_tinyimagenet(tmp_path, per_class=10)
     d = data.load("tinyimagenet", tmp_path)
     colour = torch.tensor([i for i in range(30) if i % 10 != 1])
     assert_colours(d.train[colour], d.train_labels[colour], [i % 10 for i in colour.tolist()])
     damaged_image(next(tmp_path.rglob(f"{WNIDS[0]}_3.JPEG")))
-    with pytest.raises(data.UserError, match=f"{WNIDS[0]}_3.JPEG is not a whole image"):
+    with pytest.raises(files.UserError, match=f"{WNIDS[0]}_3.JPEG is not a whole image"):
         data.load("tinyimagenet", tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -2036,8 +2037,8 @@ def test_a_memory_map_does_not_fill_the_memory(tmp_path):
     shape, device = (2000, 3, 128, 128), torch.device("cpu")
     rng = np.random.default_rng(0)
     blocks = [rng.integers(0, 256, (100, *shape[1:]), np.uint8) for _ in range(20)]
-    data._cached(tmp_path / "x.npy", shape, "1", lambda: iter(blocks))
-    images = data._cached(tmp_path / "x.npy", shape, "1", pytest.fail)
+    files.cached(tmp_path / "x.npy", shape, "1", lambda: iter(blocks))
+    images = files.cached(tmp_path / "x.npy", shape, "1", pytest.fail)
     before = resident()
     sums = torch.zeros(3, dtype=torch.long)
     for rows in data.shuffled(images, 100, seed=0, epoch=0):
@@ -2164,7 +2165,7 @@ def test_broken_cifar_gives_one_line(write_cifar, tmp_path, capsys, name, how):
     spoil, words = CIFAR_MISTAKES[how]
     spoil(write_cifar(name))
     fails(capsys, ["--dataset", name, "--data-dir", str(tmp_path)], words)
-    with pytest.raises(data.UserError, match=f"no {name}: .*Ways to get it"):
+    with pytest.raises(files.UserError, match=f"no {name}: .*Ways to get it"):
         data.load(name, tmp_path, download=False)
 
 
@@ -2187,7 +2188,7 @@ def test_fewer_labels_than_images_of_stl10(write_stl10, tmp_path):
     folder = write_stl10()
     data.load("stl10", tmp_path)
     np.uint8([1, 2]).tofile(folder / "train_y.bin")
-    with pytest.raises(data.UserError, match="has 2 labels for 6 images"):
+    with pytest.raises(files.UserError, match="has 2 labels for 6 images"):
         data.load("stl10", tmp_path)
 
 
@@ -3460,9 +3461,9 @@ def test_processes_without_torchrun_are_told_to_take_it(tmp_path):
 
 def test_mistakes_with_processes(few, tmp_path, monkeypatch, capsys):
     def nothing():
-        raise data.UserError("no")
+        raise files.UserError("no")
 
-    with pytest.raises(data.UserError, match="no"):
+    with pytest.raises(files.UserError, match="no"):
         parallel.of_first(nothing)
     monkeypatch.setattr(parallel, "SIZE", 2)
     fails(capsys, ["--bench", *TINY], "not torchrun")
@@ -3471,7 +3472,7 @@ def test_mistakes_with_processes(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(parallel, "LOCAL_RANK", 1)
     for name, words in (("cuda:0", "--device cuda"), ("auto", "--nproc-per-node 1")):
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(files.UserError, match=words):
             parallel.own_device(name)
     assert parallel.own_device("cpu") == torch.device("cpu")
 

@@ -34,7 +34,6 @@ from data import (
     DATASETS,
     SHAPES,
     Data,
-    UserError,
     image_shape,
     keep_freed_memory,
     observed,
@@ -42,9 +41,9 @@ from data import (
     place,
     shuffled,
     take,
-    writing,
 )
 from evaluate import CHECKPOINT, FORMAT
+from files import UserError, writing
 
 UPDATES = ("stepwise", "joint", "sampled")
 CHECK_EVERY = 20  # updates between looks at the losses: each look waits for the device
