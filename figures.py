@@ -398,44 +398,50 @@ def kl_of_levels(shown: list[Shown]) -> Figure:
     return figure
 
 
+CURVES = ("KL of $z_L$, training images, nats", "probe of $z_L$, %", "ELBO, test images, nats")
+
+
+def course(run: tables.Run) -> list[dict[int, tuple[float, float]]]:
+    """Of each of CURVES, by epoch: the minutes of training until then, and the value."""
+    found: list[dict[int, tuple[float, float]]] = [{} for _ in CURVES]
+    for line in run.metrics:
+        test = line.get("test", {})
+        if line is run.metrics[-1] and not test:  # after the last epoch all is measured
+            test = {"probe": tables.measures(run).get("probe"), "elbo": run.evaluation.get("elbo")}
+        values = max(line["kl"][-1], FLOOR), test.get("probe"), test.get("elbo")
+        for of_one, value in zip(found, values, strict=True):
+            if value is not None:
+                of_one[line["epoch"]] = line["seconds"] / 60, value
+    return found
+
+
 def curves(shown: list[Shown]) -> Figure:
-    """Training curves over the training time, and below over the epochs: KL of z_L, and of the
-    test split ELBO and probe."""
-    points: dict[str, list[tuple[dict, list, list, list]]] = {}
+    """Training curves over the training time, and below over the epochs, mean and standard
+    deviation over seeds: KL of z_L, and of the test split probe and ELBO."""
+    drawn: dict[str, list[tuple[dict, tuple, np.ndarray, np.ndarray]]] = {}
     for s, look in lines_of(shown):
-        for nth, run in enumerate(s.runs):
-            look = look | {"label": look["label"] if nth == 0 else None, "marker": None}
-            minutes = [line["seconds"] / 60 for line in run.metrics]
-            epochs = [line["epoch"] for line in run.metrics]
-            kl = [max(line["kl"][-1], FLOOR) for line in run.metrics]
-            probe, elbo = (
-                [line.get("test", {}).get(name) for line in run.metrics]
-                for name in ("probe", "elbo")
-            )
-            if run.metrics and elbo[-1] is None:  # after the last epoch all is measured
-                probe[-1] = tables.measures(run).get("probe")
-                elbo[-1] = run.evaluation.get("elbo")
-            for name, values in (
-                ("KL of $z_L$, training images, nats", kl),
-                ("probe of $z_L$, %", probe),
-                ("ELBO, test images, nats", elbo),
-            ):
-                whole = zip(minutes, epochs, values, strict=True)
-                known = [each for each in whole if each[-1] is not None]
-                if known:
-                    style = look | ({"marker": "o"} if len(known) == 1 else {})
-                    points.setdefault(name, []).append(
-                        (style, *map(list, zip(*known, strict=True)))
-                    )
-    if not points:
+        courses = [course(run) for run in s.runs]
+        for name, of_seeds in zip(CURVES, zip(*courses, strict=True), strict=True):
+            of_seeds = [c for c in of_seeds if c]
+            epochs = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
+            if epochs:
+                minutes, _ = mean_and_std([[c[epoch][0] for epoch in epochs] for c in of_seeds])
+                mean, std = mean_and_std([[c[epoch][1] for epoch in epochs] for c in of_seeds])
+                style = look | {"marker": "o" if len(epochs) == 1 else None}
+                drawn.setdefault(name, []).append((style, (minutes, epochs), mean, std))
+    if not drawn:
         raise Missing("runs with their metrics.jsonl")
-    figure = Figure(figsize=(4.2 * len(points), 6.9), layout="constrained")
-    all_axes = figure.subplots(2, len(points), squeeze=False)
+    figure = Figure(figsize=(4.2 * len(drawn), 6.9), layout="constrained")
+    all_axes = figure.subplots(2, len(drawn), squeeze=False)
     for row, spent in enumerate(("minutes of training", "epochs")):
-        for axes, (name, drawn) in zip(all_axes[row], points.items(), strict=True):
-            for style, *x, y in drawn:
-                axes.plot(x[row], y, **style)
-            if name.startswith("KL"):
+        for axes, (name, lines) in zip(all_axes[row], drawn.items(), strict=True):
+            for style, x, mean, std in lines:
+                axes.plot(x[row], mean, **style)
+                if std.any():
+                    low = np.maximum(mean - std, FLOOR) if name == CURVES[0] else mean - std
+                    axes.fill_between(x[row], low, mean + std, color=style["color"], alpha=0.2,
+                                      linewidth=0)  # fmt: skip
+            if name == CURVES[0]:
                 axes.set_yscale("log")
             axes.set_xlim(left=0)
             tidy(axes, spent, name)

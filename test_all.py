@@ -3147,6 +3147,16 @@ def test_figures_of_metrics_need_no_checkpoint_and_no_data(tmp_path, capsys):
     drawn = figures.curves([figures.Shown(group, None, None) for group in tables.groups(shown)])
     x = [axes.lines[0].get_xdata().tolist() for axes in drawn.axes]  # minutes above, epochs below
     assert x == [[0.5, 61 / 60], [61 / 60], [61 / 60], [1, 2], [2], [2]]
+    line = shown[0].metrics[0]
+    assert line["epoch"] == 1 and line["seconds"] == 30 and line["kl"][-1] == 0.5
+    shorter = shown[0]._replace(metrics=[line | {"seconds": 60, "kl": [0.7]}])
+    group = tables.groups(shown[:1])[0]._replace(runs=[shown[0], shorter])
+    axes = figures.curves([figures.Shown(group, None, None)]).axes[0]
+    (mean,), (band,) = axes.lines, axes.collections  # of the one epoch that both have
+    assert mean.get_xydata().ravel() == pytest.approx([0.75, 0.6])
+    within = band.get_paths()[0].get_extents()
+    std = math.sqrt(2 * 0.1**2)
+    assert [within.y0, within.y1] == pytest.approx([0.6 - std, 0.6 + std])
     assert said.count("not made") == 4 and "needs a run with its checkpoint" in said
     (tmp_path / "file").write_text("")
     fails(capsys, [*runs, "--figures", str(tmp_path / "file")], "cannot write .*file",
