@@ -23,6 +23,7 @@ import evaluate
 import models
 import parallel
 import rewards
+import settings
 import train
 from data import observed, place, shuffled, take
 from files import UserError
@@ -99,7 +100,7 @@ def ways(config: dict, device: torch.device, images: Tensor) -> dict[str, Way]:
     else:
         wanted = {"elbo": {"rl": False, "ivae": False}}
         if config["arch"] != "biva":
-            rl = {k: {"rl": True, "ivae": False, "update": k} for k in train.UPDATES}
+            rl = {k: {"rl": True, "ivae": False, "update": k} for k in settings.UPDATES}
             wanted = {"literal": rl["stepwise"], **rl, **wanted}
         if config["ivae"]:
             wanted["ivae"] = {}
@@ -221,9 +222,9 @@ def command(flags: dict) -> None:
             raise UserError(f"--{flag.replace('_', '-')} has no meaning with --bench")
     if parallel.SIZE > 1:
         raise UserError("--bench measures one process: start it with python, not torchrun")
-    config = train.defaults(flags)
-    train.check(config)
-    train.network(config)
+    config = settings.defaults(flags)
+    settings.check(config)
+    settings.network(config)
     device = parallel.own_device(config["device"])
     data = place(evaluate.data_of(config), device, config["device_data"])
     size = config["batch_size"]

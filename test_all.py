@@ -48,6 +48,7 @@ import mine
 import models
 import parallel
 import rewards
+import settings
 import tables
 import train
 
@@ -927,7 +928,7 @@ def test_a_discriminator_that_knows_nothing_and_one_that_knows_all():
 
 
 def test_each_phase_of_the_adversarial_autoencoder_moves_its_own_parameters():
-    run = train.Run(train.defaults({"arch": "aae", "channels": 4}), torch.device("cpu"))
+    run = train.Run(settings.defaults({"arch": "aae", "channels": 4}), torch.device("cpu"))
     model, x = run.model, images(6, 28, torch.float32)
     parts = {
         "encoder": [*model.stem.parameters(), *model.encoder.parameters(),
@@ -2203,14 +2204,14 @@ def test_data_stay_where_they_are_told_to(tmp_path):
 
 
 def test_flags_of_data_sets():
-    assert train.defaults({"size": "paper", "dataset": "tinyimagenet"})["batch_size"] == 64
-    assert train.defaults({"size": "paper", "dataset": "cifar10"})["batch_size"] == 128
-    assert train.defaults({"size": "paper", "dataset": "tinyimagenet", "batch_size": 8})[
+    assert settings.defaults({"size": "paper", "dataset": "tinyimagenet"})["batch_size"] == 64
+    assert settings.defaults({"size": "paper", "dataset": "cifar10"})["batch_size"] == 128
+    assert settings.defaults({"size": "paper", "dataset": "tinyimagenet", "batch_size": 8})[
         "batch_size"] == 8  # fmt: skip
     for name in data.DATASETS:
-        config = train.defaults({"dataset": name})
-        assert train.network(config).image == data.SHAPES[name]
-        assert train.network(config).latents[0] == ("8c" if data.SHAPES[name][0] == 1 else "16c")
+        config = settings.defaults({"dataset": name})
+        assert settings.network(config).image == data.SHAPES[name]
+        assert settings.network(config).latents[0] == ("8c" if data.SHAPES[name][0] == 1 else "16c")
 
 
 def test_digits():
@@ -2495,28 +2496,28 @@ def test_a_run_end_to_end(few, tmp_path, capsys):
 
 
 def test_settings_of_the_paper():
-    rl = train.defaults({"size": "paper", "rl": True})
+    rl = settings.defaults({"size": "paper", "rl": True})
     assert (rl["lr"], rl["batch_size"], rl["epochs"], rl["update"]) == (3e-4, 128, 200, "stepwise")
     assert rl["warmup"] == 0 and rl["free_bits"] == 0
-    baseline = train.defaults({"size": "paper"})
+    baseline = settings.defaults({"size": "paper"})
     assert (baseline["epochs"], baseline["warmup"]) == (1000, 200)
     assert (baseline["free_bits"], baseline["free_bits_epochs"]) == (2.0, 400)
-    assert train.defaults({"size": "paper", "rl": True, "levels": 2})["epochs"] == 500
-    assert train.defaults({"size": "paper", "warmup": 7, "lr": 0.1})["warmup"] == 7
+    assert settings.defaults({"size": "paper", "rl": True, "levels": 2})["epochs"] == 500
+    assert settings.defaults({"size": "paper", "warmup": 7, "lr": 0.1})["warmup"] == 7
     assert train.kl_terms(baseline, 50.0) == {"beta": 0.25, "free_bits": 2.0}
     assert train.kl_terms(baseline, 400.0) == {"beta": 1.0, "free_bits": 0.0}
-    assert train.defaults({"arch": "hvae", "rl": True})["out"] == "runs/digits-hvae-rl-0"
-    assert train.defaults({"arch": "hvae", "ivae": True})["out"] == "runs/digits-hvae-ivae-0"
+    assert settings.defaults({"arch": "hvae", "rl": True})["out"] == "runs/digits-hvae-rl-0"
+    assert settings.defaults({"arch": "hvae", "ivae": True})["out"] == "runs/digits-hvae-ivae-0"
     # C.3: warm-up and free bits for what has no other help at its upper levels.
     for arch, ivae, warmup, free_bits in (
         ("hvae", False, 200, 2.0), ("lvae", False, 200, 2.0), ("biva", False, 200, 2.0),
         ("hvae", True, 0, 0.0), ("lvae", True, 0, 0.0), ("vae", False, 0, 0.0),
         ("aae", False, 0, 0.0),
     ):  # fmt: skip
-        c = train.defaults({"size": "paper", "arch": arch, "ivae": ivae})
+        c = settings.defaults({"size": "paper", "arch": arch, "ivae": ivae})
         assert (c["epochs"], c["warmup"], c["free_bits"]) == (1000, warmup, free_bits)
-    assert train.defaults({"size": "paper", "ivae": True})["update"] == "joint"
-    best = train.defaults({"size": "best", "rl": True, "dataset": "mnist", "ema": 0.5})
+    assert settings.defaults({"size": "paper", "ivae": True})["update"] == "joint"
+    best = settings.defaults({"size": "best", "rl": True, "dataset": "mnist", "ema": 0.5})
     assert (best["epochs"], best["schedule"], best["ema"]) == (40, "cosine", 0.5)
     fashion = {"dataset": "fashionmnist"}  # the small preset warms up where the top is at risk
     for flags, warmup in (
@@ -2528,19 +2529,19 @@ def test_settings_of_the_paper():
         ({"rl": True, "size": "best"} | fashion, 20), ({"size": "best"} | fashion, 0),
         ({"rl": True, "size": "best", "epochs": 6} | fashion, 3),
     ):  # fmt: skip
-        assert train.defaults(flags)["warmup"] == warmup
+        assert settings.defaults(flags)["warmup"] == warmup
 
 
 def test_stepwise_makes_one_update_a_level():
-    config = train.defaults({"rl": True, "update": "stepwise"})
+    config = settings.defaults({"rl": True, "update": "stepwise"})
     steps = train.objectives(config, 5)
     assert [s.keywords["step"] for s in steps] == [0, 1, 2, 3, 4]
     assert all(s.func is rewards.stepwise_loss and s.keywords["gamma"] == 0.9 for s in steps)
-    assert train.objectives(train.defaults({}), 5) == [rewards.elbo_loss]
-    (ivae,) = train.objectives(train.defaults({"ivae": True, "skip": "sample"}), 5)
+    assert train.objectives(settings.defaults({}), 5) == [rewards.elbo_loss]
+    (ivae,) = train.objectives(settings.defaults({"ivae": True, "skip": "sample"}), 5)
     assert ivae.func is rewards.ivae_loss
     assert ivae.keywords == {"skip": "sample", "sampled": True}
-    (ivae,) = train.objectives(train.defaults({"ivae": True, "update": "joint"}), 5)
+    (ivae,) = train.objectives(settings.defaults({"ivae": True, "update": "joint"}), 5)
     assert not ivae.keywords["sampled"]
 
 
@@ -2703,7 +2704,7 @@ def write_run(root: Path, name: str, flags: dict, probe: float = 50.0, mine_nats
     """The files of a finished run of five levels (one for vae and aae), numbers made up."""
     folder = root / name
     folder.mkdir()
-    config = train.defaults(flags | {"out": str(folder)})
+    config = settings.defaults(flags | {"out": str(folder)})
     levels = config["levels"] or (1 if config["arch"] in ("vae", "aae") else 5)
     top = f"z{levels}"
     evaluation = {
@@ -3200,7 +3201,7 @@ def test_every_method_has_its_place_in_a_table(tmp_path):
 
 
 def shown_of(model, d: data.Data) -> figures.Shown:
-    config = train.defaults({"dataset": "digits", "arch": "hvae"})
+    config = settings.defaults({"dataset": "digits", "arch": "hvae"})
     run = tables.Run(Path("run"), config, {"kl": [0.0] * model.levels}, [], "HVAE")
     shown = figures.Shown(tables.Group("HVAE", [run]), lambda c: d, torch.device("cpu"))
     shown.__dict__["model"] = model  # in place of the checkpoint's
@@ -3359,7 +3360,7 @@ def test_noise_of_a_share_is_that_of_the_batch():
 
 IN_PROCESSES = textwrap.dedent("""
     import os, signal, sys
-    import torch, data, evaluate, models, parallel, train
+    import torch, data, evaluate, models, parallel, settings, train
     d = data.load("digits")
     few = data.Data(d.train[:300], d.train_labels[:300], d.test[:60], d.test_labels[:60], d.classes)
     evaluate.load = lambda *a, **k: few
@@ -3395,13 +3396,13 @@ def test_processes_share_one_run(tmp_path):
         with parallel.group():
             for name, more in {runs!r}.items():
                 given = [*{flags!r}, *more, "--out", sys.argv[1] + name]
-                train.command(vars(train.parser().parse_args(given)))
+                train.command(vars(settings.parser().parse_args(given)))
             part = {["--rl", "--epochs", "2"]!r}
             given = [*{flags!r}, *part, "--out", sys.argv[1] + "part"]
-            train.command(vars(train.parser().parse_args(given)))
+            train.command(vars(settings.parser().parse_args(given)))
             if parallel.SIZE == 1:
                 more = ["--resume", sys.argv[2] + "part", "--epochs", "4"]
-                train.command(vars(train.parser().parse_args(more)))
+                train.command(vars(settings.parser().parse_args(more)))
     """))  # fmt: skip
     one, two = f"{tmp_path}/one-", f"{tmp_path}/two-"
     for n, out in ((2, two), (1, one)):
@@ -3504,8 +3505,8 @@ def no_noise(monkeypatch, few):
 
 
 def a_run(*flags: str) -> train.Run:
-    given = vars(train.parser().parse_args([*TINY, "--out", "nowhere", *flags]))
-    return train.Run(train.defaults(given), torch.device("cpu"))
+    given = vars(settings.parser().parse_args([*TINY, "--out", "nowhere", *flags]))
+    return train.Run(settings.defaults(given), torch.device("cpu"))
 
 
 def updated(run: train.Run, pictures: torch.Tensor, sizes=(30, 30, 7)) -> dict:

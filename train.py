@@ -7,7 +7,6 @@ torchrun --nproc-per-node 2 train.py --arch lvae --rl
 python train.py --bench --arch lvae --dataset fashionmnist
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -31,10 +30,7 @@ import models
 import parallel
 import rewards
 from data import (
-    DATASETS,
-    SHAPES,
     Data,
-    image_shape,
     keep_freed_memory,
     observed,
     pick_dtype,
@@ -44,191 +40,9 @@ from data import (
 )
 from evaluate import CHECKPOINT, FORMAT
 from files import UserError, writing
+from settings import MAY_CHANGE, check, defaults, idle, network, parser
 
-UPDATES = ("stepwise", "joint", "sampled")
 CHECK_EVERY = 20  # updates between looks at the losses: each look waits for the device
-
-# --------------------------------------------------------------------------------------------------
-# Flags and their defaults
-
-
-def parser() -> evaluate.Parser:
-    # What is not given is absent: `defaults` decides it by --size, --dataset and --rl.
-    p = evaluate.Parser(
-        description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
-        epilog="Where no default is named it depends on --size, --dataset and --rl; every run "
-        "prints what it takes and keeps it in config.json.",
-    )  # fmt: skip
-    # fmt: off
-    p.add_argument("--arch", choices=models.ARCHS,
-                   help="hvae: bottom-up; lvae: top-down inference (default lvae); the baselines "
-                   "vae and aae (adversarial autoencoder): one level; biva: both ways")
-    p.add_argument("--rl", action="store_true", help="maximise the Q-value instead of the ELBO")
-    p.add_argument("--ivae", action="store_true",
-                   help="or the objective of the informative hierarchical VAE (Eq. 39)")
-    p.add_argument("--gamma", type=float, help="discount of later rewards, 0 to 1 (default 0.9)")
-    p.add_argument("--update", choices=UPDATES,
-                   help="with --rl: one step for each Q_t, inferring afresh (Algorithm 1); one for "
-                   "their sum; or one for an unbiased sample of the sum, one path an image. "
-                   "--ivae has the last two")
-    p.add_argument("--skip", choices=("mean", "sample"),
-                   help="skip paths take the priors' means, or a sample of each (default mean)")
-    p.add_argument("--pay", choices=("inferred", "own"),
-                   help="what a step's reward pays: the KL of all levels inferred until then "
-                   "(Eq. 24, the default), or that of its own level alone")
-    p.add_argument("--dataset", choices=DATASETS, help="default digits, which is no download")
-    p.add_argument("--data-dir", help="folder of the data sets (default data)")
-    p.add_argument("--image-size", type=int, help="side of the images of --dataset folder "
-                   "(default 32): the middle square of each is resized to it")
-    p.add_argument("--unlabelled", action="store_true",
-                   help="train on the 100,000 unlabelled images of --dataset stl10")
-    p.add_argument("--threshold", action="store_true",
-                   help="grey images in black and white once and for all, at half, instead of "
-                   "binarised anew at every use")
-    p.add_argument("--device-data", choices=("auto", "on", "off"),
-                   help="images live in the device's memory (on) or go there batch by batch (off); "
-                   "auto: on where they take a quarter of its free memory at most")
-    p.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
-    p.add_argument("--size", choices=tuple(models.PRESETS),
-                   help="paper: its network and training; small: for two CPU cores; best: the most "
-                   "that they reach in 60 minutes, on grey images (default small)")
-    p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
-    p.add_argument("--levels", type=int,
-                   help="1 to 10: 8 dimensions at the top, doubling downwards to at most 128")
-    p.add_argument("--channels", type=int, help="feature maps of every layer")
-    p.add_argument("--mean-field", action="store_true",
-                   help="lvae without its merge: posteriors q(z_l|x) that do not see the sample "
-                   "above")
-    p.add_argument("--epochs", type=int, help="passes over the training images")
-    p.add_argument("--minutes", type=float,
-                   help="or train for so long, to the end of the nearest epoch")
-    p.add_argument("--batch-size", type=int, help="images an update (default 128)")
-    p.add_argument("--lr", type=float, help="Adam's learning rate")
-    p.add_argument("--schedule", choices=("constant", "cosine"),
-                   help="of the learning rate; cosine falls to 0 at the end (default constant)")
-    p.add_argument("--ema", type=float,
-                   help="measure a moving average of the weights, of this decay: 0.999 (default "
-                   "0, the weights themselves)")
-    p.add_argument("--warmup", type=int, help="epochs in which the KL's weight rises from 0 to 1")
-    p.add_argument("--free-bits", type=float, help="nats of each level's KL that cost nothing")
-    p.add_argument("--free-bits-epochs", type=int, help="epochs of free bits (default: all)")
-    p.add_argument("--seed", type=int, help="of initialisation, batches and noise (default 0)")
-    p.add_argument("--out",
-                   help="the run's folder (default runs/<dataset>-<arch>[-rl|-ivae]-<seed>)")
-    p.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    p.add_argument("--resume", nargs="?", const=True, metavar="RUN",
-                   help="go on with RUN (or --out) from its checkpoint; --epochs may be raised")
-    p.add_argument("--eval-every", type=int,
-                   help="epochs between measures of the test split: KL, ELBO, and the probe of z_L "
-                   "fitted on 10,000 training images (default 0: only at the end)")
-    p.add_argument("--probe", choices=evaluate.PROBES,
-                   help="at the end: of every level and of all together (default), or of z_L "
-                   "alone, which is much sooner done")
-    p.add_argument("--save-every", type=float, help="seconds between checkpoints (default 60)")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
-                   help="of the network's arithmetic; auto is bfloat16 where the processor has it")
-    p.add_argument("--compile", action="store_true",
-                   help="compile each update, on CUDA with CUDA graphs: a minute at the start")
-    p.add_argument("--accumulate", type=int, metavar="N",
-                   help="take every batch in N parts, one after another, for little memory")
-    p.add_argument("--train-images", type=int, metavar="N",
-                   help="train, and fit the probe, on the first N training images")
-    p.add_argument("--bench", action="store_true",
-                   help="train nothing: time every kind of update beside the literal Algorithm 1")
-    p.add_argument("--json", action="store_true", help="with --bench: one line of JSON")
-    # fmt: on
-    return p
-
-
-MAY_CHANGE = {
-    "epochs",
-    "minutes",
-    "data_dir",
-    "device",
-    "device_data",
-    "eval_every",
-    "probe",
-    "save_every",
-    "out",
-    "compile",
-    "accumulate",
-}  # on --resume
-
-
-def defaults(given: dict) -> dict:
-    """A full configuration: the flags given, the rest by --size, --dataset and --rl."""
-    config = dict(
-        arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", pay="inferred", dataset="digits",
-        data_dir="data", image_size=None, unlabelled=False, threshold=False, device="auto",
-        device_data="auto", size="small", latents=None, levels=None, channels=None,
-        mean_field=False, batch_size=128, warmup=0, free_bits=0.0, free_bits_epochs=None, seed=0,
-        eval_every=0, probe="every", save_every=60.0, dtype="auto", compile=False, accumulate=1,
-        train_images=None, minutes=None, schedule="constant", ema=0.0,
-    )  # fmt: skip
-    config |= given
-    if config["size"] == "paper":
-        levels = len(network(config).latents)
-        config |= dict(lr=3e-4, update="stepwise" if config["rl"] else "joint", epochs=1000)
-        if config["dataset"] == "tinyimagenet":
-            config["batch_size"] = 64
-        if config["rl"]:
-            config["epochs"] = max(1, round(1000 / levels))
-        elif not config["ivae"] and config["arch"] not in models.ONE_LEVEL:
-            config |= dict(warmup=200, free_bits=2.0, free_bits_epochs=400)
-    else:
-        digits, colour = config["dataset"] == "digits", SHAPES[config["dataset"]][0] > 1
-        best = config["size"] == "best"
-        epochs, warmup = (40, 20) if best else (20, 10)  # of grey images but digits
-        config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 10 if colour else epochs)
-        if best:
-            config |= dict(schedule="cosine", ema=0.999)
-        if config["rl"] or config["ivae"]:
-            # The decoder is slow to listen, and until it does the KL would win at the top: in
-            # some 240 updates over the whole level, in some thousand over some of its units.
-            half = max(1, (config | given)["epochs"] // 2)
-            config["warmup"] = 20 if digits else 1 if colour else min(warmup, half)
-    if config["minutes"] is not None:
-        config["epochs"] = 1_000_000
-    config |= given
-    if config["free_bits_epochs"] is None:
-        config["free_bits_epochs"] = config["epochs"]
-    objective = "-rl" if config["rl"] else "-ivae" if config["ivae"] else ""
-    name = f"{config['dataset']}-{config['arch']}{objective}-{config['seed']}"
-    return {"out": f"runs/{name}"} | config
-
-
-def network(config: dict) -> models.Config:
-    keys = ("arch", "size", "latents", "levels", "channels", "mean_field")
-    image = image_shape(config["dataset"], config["image_size"])
-    try:
-        return models.configure(image=image, **{k: config[k] for k in keys})
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def check(config: dict) -> None:
-    """UserError for numbers that make no sense, and for objectives that are not defined."""
-    if config["rl"] and config["ivae"]:
-        raise UserError("--rl and --ivae are two objectives: choose one")
-    if (config["rl"] or config["ivae"]) and config["arch"] in ("aae", "biva"):
-        flag, arch = "--rl" if config["rl"] else "--ivae", config["arch"]
-        why = "it is trained by no ELBO" if arch == "aae" else "no level reaches x alone"
-        raise UserError(f"{flag} is not defined for {arch}, since {why}: use --arch hvae or lvae")
-    if config["ivae"] and config["update"] == "stepwise":
-        raise UserError("--update stepwise is for --rl: --ivae takes joint or sampled")
-    if not 0 <= config["ema"] < 1:
-        raise UserError(f"--ema {config['ema']}: a decay lies from 0 to below 1")
-    if not 0 <= config["gamma"] <= 1:
-        raise UserError(f"--gamma {config['gamma']}: a discount lies from 0 to 1")
-    for key in ("epochs", "minutes", "batch_size", "lr", "accumulate", "train_images"):
-        if config[key] is not None and not 0 < config[key] < math.inf:
-            raise UserError(f"--{key.replace('_', '-')} {config[key]}: must be above 0")
-    if config["seed"] >= 2**32:
-        raise UserError(f"--seed {config['seed']}: must be below 2^32")
-    for key in ("warmup", "free_bits", "free_bits_epochs", "seed", "eval_every", "save_every"):
-        if not 0 <= config[key] < math.inf:
-            raise UserError(f"--{key.replace('_', '-')} {config[key]}: must not be negative")
-
 
 # --------------------------------------------------------------------------------------------------
 # The state of a run
@@ -618,18 +432,6 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
         config[key] = value
     check(config)
     return config, state
-
-
-def idle(config: dict, flags: dict) -> list[str]:
-    """The flags given that have no effect on this run."""
-    useless = {"gamma", "update", "skip", "pay"}
-    if config["rl"]:
-        useless = set()
-    elif config["ivae"]:
-        useless = {"gamma", "pay"}
-    elif config["arch"] == "aae":
-        useless |= {"warmup", "free_bits", "free_bits_epochs"}
-    return sorted(useless & flags.keys())
 
 
 def command(flags: dict) -> None:
