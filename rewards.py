@@ -6,9 +6,8 @@ those of the baselines.
 
 A model is anything with `levels`, `infer(x)` and `generate(latents)` as models.py describes them,
 and for what has skip paths `order` and `decode(starts, skip)`; nothing here asks which architecture
-it is. Steps t count from 0 in the order of
-inference: step t infers level order[t]. Values are per image, in nats, to be maximised; the
-`*_loss` functions give what an optimiser minimises.
+it is. Steps t count from 0 in the order of inference: step t infers level order[t]. Values are per
+image, in nats, to be maximised; the `*_loss` functions give what an optimiser minimises.
 """
 
 import itertools
