@@ -147,18 +147,19 @@ def times(found: dict[str, Way], batches: Iterator[Tensor]) -> dict[str, list[fl
 
 
 @contextlib.contextmanager
-def not_compiled(run: train.Run) -> Iterator[None]:
-    before = run.config
-    run.config = before | {"compile": False}
+def step_by_step(run: train.Run, compiled: bool = False) -> Iterator[None]:
+    """No replays of a CUDA graph, and unless `compiled` no compiled updates either."""
+    before = run.config, run.captured
+    run.config, run.captured = run.config | ({} if compiled else {"compile": False}), None
     try:
         yield
     finally:
-        run.config = before
+        run.config, run.captured = before
 
 
 def operations(way: Way, rows: Tensor) -> int:
     """Floating point operations of the matrix products and convolutions for a batch."""
-    with not_compiled(way.run), FlopCounterMode(display=False) as counter:
+    with step_by_step(way.run), FlopCounterMode(display=False) as counter:
         way.batch(rows)
     return counter.get_total_flops()
 
@@ -171,7 +172,8 @@ def peak_memory(way: Way, rows: Tensor) -> float:
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        way.batch(rows)
+        with step_by_step(run, compiled=True):
+            way.batch(rows)
         most = torch.cuda.max_memory_allocated(device) - before
     else:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -267,6 +269,7 @@ def measure(config: dict, device: torch.device, images: Tensor) -> dict:
         "device": device_name(device),
         "dtype": str(run.dtype).removeprefix("torch."),
         "compile": config["compile"],
+        "cuda_graph": run.captured is not None,
         "size": config["size"],
         "dataset": config["dataset"],
         "arch": config["arch"],
@@ -297,7 +300,8 @@ def table(result: dict) -> str:
     )
     lines = [
         f"{result['arch']}, {result['size']}, {result['levels']} levels, {result['dataset']}, "
-        f"batches of {result['batch']}, {result['dtype']}{', compiled' * result['compile']} "
+        f"batches of {result['batch']}, {result['dtype']}{', compiled' * result['compile']}"
+        f"{', one CUDA graph a batch' * result['cuda_graph']} "
         f"(literal: float32), median of {result['rounds']} rounds",
         f"{result['device']}; peak {peaks}",
         f"{'':>9} {'images/s':>9} {'x literal':>9} {'updates/s':>9} {'ms/update':>9} "

@@ -237,8 +237,6 @@ class Objective(nn.Module):
 
     def forward(self, which: int, x: Tensor, compiled: bool, **terms: Any) -> rewards.Loss:
         if compiled:
-            if x.is_cuda:
-                torch.compiler.cudagraph_mark_step_begin()
             return self.compiled[which](self.model, x, **terms)
         with parametrize.cached():  # each normalised weight once, not once a path
             return self.losses[which](self.model, x, **terms)

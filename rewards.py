@@ -131,7 +131,7 @@ def rewards(
     rows = [slice(None) if level in wanted else None for level in range(model.levels)]
     log_px = skip_log_likelihood(model, x, inference, rows, skip).view(len(wanted), -1)
     position = {level: i for i, level in enumerate(sorted(wanted))}
-    log_px = log_px[[position[level] for level in wanted]]
+    log_px = torch.stack([log_px[position[level]] for level in wanted])
     return log_px - paid(model, kl, **kl_terms)[start:]
 
 
@@ -144,7 +144,8 @@ def paid(model, kl: Tensor, pay: str = "inferred", **kl_terms) -> Tensor:
     """
     if pay not in ("inferred", "own"):
         raise ValueError(f"unknown pay {pay!r}: choose inferred or own")
-    in_order = weigh_kl(kl, **kl_terms)[list(model.order)]
+    kl = weigh_kl(kl, **kl_terms)
+    in_order = torch.stack([kl[level] for level in model.order])
     return in_order.cumsum(dim=0) if pay == "inferred" else in_order
 
 
@@ -283,7 +284,7 @@ def reconstruction_loss(model, x: Tensor, **kl_terms) -> Loss:
 def discriminator_loss(model, x: Tensor, **kl_terms) -> Loss:
     """-log D(z of the prior) - log(1 - D(z of x)), for the discriminator D."""
     inference = model.infer(x)
-    z, prior = inference.latents[-1].detach(), inference.priors[-1].expand((len(x),)).sample()
+    z, prior = inference.latents[-1].detach(), inference.priors[-1].expand((len(x),)).rsample()
     value = F.softplus(-odds(model, prior)).mean() + F.softplus(odds(model, z)).mean()
     return Loss(value, level_kl(inference).detach().mean(dim=1))
 

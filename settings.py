@@ -88,7 +88,10 @@ def parser() -> evaluate.Parser:
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
                    help="of the network's arithmetic; auto is bfloat16 where the processor has it")
     p.add_argument("--compile", action="store_true",
-                   help="compile each update, on CUDA with CUDA graphs: a minute at the start")
+                   help="compile each update: a minute at the start")
+    p.add_argument("--eager", action="store_true",
+                   help="on CUDA launch every kernel of an update by itself, as a debugger wants "
+                   "it, not all of them as one CUDA graph")
     p.add_argument("--accumulate", type=int, metavar="N",
                    help="take every batch in N parts, one after another, for little memory")
     p.add_argument("--train-images", type=int, metavar="N",
@@ -111,6 +114,7 @@ MAY_CHANGE = {
     "save_every",
     "out",
     "compile",
+    "eager",
     "accumulate",
 }  # on --resume
 
@@ -122,8 +126,8 @@ def defaults(given: dict) -> dict:
         data_dir="data", image_size=None, unlabelled=False, threshold=False, device="auto",
         device_data="auto", size="small", latents=None, levels=None, channels=None,
         mean_field=False, batch_size=128, warmup=0, free_bits=0.0, free_bits_epochs=None, seed=0,
-        eval_every=0, probe="every", save_every=60.0, dtype="auto", compile=False, accumulate=1,
-        train_images=None, minutes=None, schedule="constant", ema=0.0,
+        eval_every=0, probe="every", save_every=60.0, dtype="auto", compile=False, eager=False,
+        accumulate=1, train_images=None, minutes=None, schedule="constant", ema=0.0,
     )  # fmt: skip
     config |= given
     if config["size"] == "paper":

@@ -95,7 +95,6 @@ def paper(dataset: str, method: str, levels: int, gamma: float) -> dict[str, str
 
 METHODS = ("AAE", "VAE", "VAE+IVAE", "VAE+RL", "BIVA", "HVAE", "HVAE+IVAE", "HVAE+RL", "LVAE",
            "LVAE+IVAE", "LVAE+RL")  # fmt: skip
-# Settings that say where and how a run is computed, not what.
 ADDED = {  # settings of a run from before they could be chosen
     "ivae": False, "pay": "inferred", "compile": False, "accumulate": 1, "train_images": None,
     "minutes": None, "schedule": "constant", "ema": 0.0, "threshold": False,
@@ -106,8 +105,9 @@ UNSAID = {  # values that need no word beside a row that has another
     "train_images": None, "schedule": "constant", "ema": 0.0, "free_bits": 0.0,
     "free_bits_epochs": None, "threshold": False, "mean_field": False,
 }  # fmt: skip
-NOT_COMPARED = {
-    "seed", "out", "data_dir", "device", "device_data", "eval_every", "probe", "save_every",
+NOT_COMPARED = {  # settings that say where and how a run is computed, not what
+    "seed", "out", "data_dir", "device", "device_data", "eager", "eval_every", "probe",
+    "save_every",
 }  # fmt: skip
 
 

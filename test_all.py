@@ -3,6 +3,7 @@
 Tests of real data look in the folder that DATA_DIR names, and for FashionMNIST in Debian's too.
 """
 
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -57,9 +58,22 @@ ARCHS = ("hvae", "lvae")
 LATENTS = {1: ("3",), 2: ("2c", "3"), 3: ("2c", "4", "3"), 5: ("2c", "5", "4", "3", "2")}
 
 
+CUDA = torch.cuda.is_available()
+
+
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(request, monkeypatch):
+    """Every test is of the CPU, whose numbers are the same each time, but for those that ask for
+    `cuda`."""
     torch.manual_seed(0)
+    if "cuda" not in request.fixturenames:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of processes that a test starts
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    return torch.device("cuda") if CUDA else pytest.skip("no CUDA device here")
 
 
 def tiny(arch: str, levels: int, dtype: torch.dtype = torch.float64) -> models.Hierarchy:
@@ -891,12 +905,10 @@ AAE_LOSSES = (rewards.reconstruction_loss, rewards.discriminator_loss, rewards.c
 
 
 def test_adversarial_losses_by_hand(monkeypatch):
-    """With D(z) = sigmoid(w z + b), and samples of the prior that are known."""
+    """With D(z) = sigmoid(w z + b). The samples of the prior are what is drawn next."""
     model, x = tiny("aae", 1), images(4)
     w, b = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64), 0.3
     monkeypatch.setattr(rewards, "odds", lambda model, z: z @ w + b)
-    prior = torch.randn(4, 3, dtype=torch.float64)
-    monkeypatch.setattr(Independent, "sample", lambda self, shape=(): prior)
 
     def at_same_noise(loss):
         torch.manual_seed(8)
@@ -904,6 +916,7 @@ def test_adversarial_losses_by_hand(monkeypatch):
 
     torch.manual_seed(8)
     z = model.infer(x).latents[0]
+    prior = torch.randn(4, 3, dtype=torch.float64)
 
     def d(values):
         return 1 / (1 + torch.exp(-(values @ w + b)))
@@ -2654,7 +2667,6 @@ def test_mistakes_in_training_give_one_line(argv, words, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_no_accelerator(capsys, tmp_path):
     fails(capsys, ["--device", "cuda", "--out", str(tmp_path)], "no CUDA device here.*--device cpu")
 
@@ -3504,9 +3516,9 @@ def no_noise(monkeypatch, few):
     return few
 
 
-def a_run(*flags: str) -> train.Run:
+def a_run(*flags: str, device: str = "cpu") -> train.Run:
     given = vars(settings.parser().parse_args([*TINY, "--out", "nowhere", *flags]))
-    return train.Run(settings.defaults(given), torch.device("cpu"))
+    return train.Run(settings.defaults(given), torch.device(device))
 
 
 def updated(run: train.Run, pictures: torch.Tensor, sizes=(30, 30, 7)) -> dict:
@@ -3541,6 +3553,159 @@ def test_compiled_updates_are_the_updates(no_noise):
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = updated(a_run(*flags, "--compile"), no_noise.train)
     torch.testing.assert_close(found, updated(a_run(*flags), no_noise.train), rtol=1e-7, atol=1e-8)
+
+
+class Recorder:
+    """Stands for CUDA's graphs on the CPU: what is recorded is done once, without a trace, and done
+    again, from the same inputs to the same outputs, at every replay."""
+
+    recording: "Recorder | None" = None
+
+    def __init__(self):
+        self.replays = 0
+
+    @staticmethod
+    @contextlib.contextmanager
+    def record(graph: "Recorder", stream: object):
+        Recorder.recording = graph
+        yield
+        Recorder.recording = None
+
+    def replay(self):
+        self.replays += 1
+        run, images, rows, terms = self.inputs
+        self.outputs.copy_(self.updates(run, images, rows, terms))
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    made, updates = [], train.updates
+
+    def graph():
+        made.append(Recorder())
+        return made[-1]
+
+    def recorded(run, images, rows, terms):
+        found = Recorder.recording
+        if found is None:
+            return updates(run, images, rows, terms)
+        found.updates, found.inputs = updates, (run, images, rows, terms)
+        run.update += len(run.losses)
+        found.outputs = torch.full((len(run.losses) + run.model.levels,), math.nan)
+        return found.outputs
+
+    nothing = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(train, "updates", recorded)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recorder.record)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: nothing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: nothing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return made
+
+
+def captured(run: train.Run) -> train.Run:
+    """A run on the CPU that takes its updates as on CUDA."""
+    run.captured = train.Captured(torch.device("cpu"))
+    for optimizer, rate in zip(run.optimizers, run.rates, strict=True):
+        optimizer.param_groups[0]["lr"] = run.captured.settings(rate)["lr"]
+    return run
+
+
+GRAPHS = [
+    ["--rl", "--update", "stepwise"],
+    ["--rl", "--update", "sampled", "--accumulate", "2"],
+    [],
+    ["--arch", "aae", "--latents", "4"],
+]
+
+
+def course(run: train.Run, pictures: torch.Tensor) -> tuple[list[torch.Tensor], dict]:
+    """What the batches of a short training return, and the parameters after it. The weight of the
+    KL and the learning rate change with every batch, the free bits once; the last is smaller."""
+    found, beginning = [], 0
+    for i, size in enumerate([30, 30, 30, 30, 7, 30, 30, 30, 30, 30]):
+        run.set_rates(0.1 * (i + 1))
+        rows = torch.arange(beginning, beginning + size, device=pictures.device)
+        terms = {"beta": 0.1 * i, "free_bits": 0.5 if i < 7 else 0.0}
+        found.append(train.descend(run, pictures, rows, terms))
+        beginning += size
+    return found, run.model.state_dict()
+
+
+@pytest.mark.parametrize("flags", GRAPHS)
+def test_recorded_updates_are_the_updates(few, recorders, flags):
+    """Batch, KL's weight and learning rate come anew to every replay, free bits make another graph,
+    the smaller batch goes without, and every batch is trained on once."""
+    flags = ["--batch-size", "30", *flags]
+    plain, replayed = a_run(*flags), captured(a_run(*flags))
+    for optimizer in [*plain.optimizers, *replayed.optimizers]:
+        optimizer.param_groups[0]["eps"] = 1e-3  # that no step is made of rounding errors
+    torch.manual_seed(3)
+    expected = course(plain, few.train)
+    assert not recorders
+    torch.manual_seed(3)
+    found = course(replayed, few.train)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert plain.update == replayed.update == 10 * len(plain.losses)
+    assert [graph.replays for graph in recorders] == [4, 1]  # after two batches without, each
+
+
+@pytest.mark.parametrize("flags", GRAPHS)
+def test_updates_on_cuda(cuda, no_noise, flags):
+    """As one graph and step by step as on the CPU, in float64 and without noise."""
+    flags = ["--batch-size", "30", *flags]
+    found = {}
+    for name, device, how in (
+        ("cpu", "cpu", []),
+        ("eager", "cuda", ["--eager"]),
+        ("graph", "cuda", []),
+    ):
+        run = a_run(*flags, *how, device=device)
+        assert (run.captured is not None) == (name == "graph")
+        run.dtype = torch.float32  # nothing is cast
+        for optimizer in run.optimizers:
+            optimizer.param_groups[0]["eps"] = 1.0
+        means, state = course(run, no_noise.train.to(device))
+        found[name] = [m.cpu() for m in means], {k: v.cpu() for k, v in state.items()}
+    if "aae" in flags:  # its discriminator meets other samples of the prior on another device
+        return
+    for name in ("eager", "graph"):
+        torch.testing.assert_close(found[name], found["cpu"], rtol=1e-5, atol=1e-6)
+
+
+def test_noise_on_cuda(cuda, few):
+    """The replays draw the numbers that the updates step by step would draw, every time others."""
+    flags = ["--rl", "--batch-size", "30", "--dtype", "float32"]
+    found = []
+    for how in ([], ["--eager"]):
+        run = a_run(*flags, *how, device="cuda")
+        torch.manual_seed(3)
+        found.append(course(run, few.train.to(cuda)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+    run, rows = a_run(*flags, "--lr", "1e-9", device="cuda"), torch.arange(30, device=cuda)
+    values = [train.descend(run, few.train.to(cuda), rows, {"beta": 1.0})[0] for _ in range(6)]
+    assert len({value.item() for value in values}) == 6
+
+
+def test_a_run_on_cuda(cuda, few, tmp_path, capsys):
+    """Trains, and goes on from its checkpoint on the CPU and from there on CUDA again."""
+    flags = [*TINY, "--rl", "--batch-size", "64", "--out", str(tmp_path)]
+    train.main([*flags, "--epochs", "2", "--schedule", "cosine", "--ema", "0.9"])
+    assert "cuda, float32, one CUDA graph a batch" in capsys.readouterr().out
+    for epochs, device in (("4", "cpu"), ("6", "cuda"), ("7", "auto")):
+        train.main(["--resume", str(tmp_path), "--epochs", epochs, "--device", device])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 8))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    capsys.readouterr()
+    found = []
+    for device in ("cuda", "cpu"):
+        evaluate.main([str(tmp_path), "--json", "--device", device])
+        found.append(json.loads(capsys.readouterr().out))
+    for key in ("kl", "elbo", "iwae"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=0.1, abs=0.1), key
+    assert found[0]["probe"]["all"] == pytest.approx(found[1]["probe"]["all"], abs=5)
 
 
 def test_a_compiler_that_fails_is_named(few, tmp_path, monkeypatch, capsys):

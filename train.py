@@ -67,10 +67,14 @@ class Run:
                 {"lr": 3 * config["lr"], "betas": (0.5, 0.999)},
                 {"lr": 0.3 * config["lr"], "betas": (0.5, 0.999)},
             ]
+        self.rates = [of_part["lr"] for of_part in settings]
+        self.captured = None
+        if device.type == "cuda" and parallel.SIZE == 1 and not config["eager"]:
+            self.captured = Captured(device)
+            settings = [s | self.captured.settings(s["lr"]) for s in settings]
         self.optimizers = [
             torch.optim.Adam(p, fused=True, **s) for p, s in zip(parts, settings, strict=True)
         ]
-        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.averaged = None
         if config["ema"]:
             average = get_ema_multi_avg_fn(config["ema"])
@@ -81,10 +85,7 @@ class Run:
         self.metrics_bytes = 0  # of metrics.jsonl that belong to this state
         self.losses, compiled = objectives(config, self.model.levels), []
         if config["compile"]:
-            # CUDA graphs write where they wrote before, so that no gradients can add up there.
-            graphs = device.type == "cuda" and config["accumulate"] == 1 and parallel.SIZE == 1
-            mode = "reduce-overhead" if graphs else None
-            compiled = [torch.compile(loss, dynamic=False, mode=mode) for loss in self.losses]
+            compiled = [torch.compile(loss, dynamic=False) for loss in self.losses]
         self.objective = parallel.distributed(
             parallel.Objective(self.model, self.losses, compiled),
             each_uses_all=len(self.optimizers) == 1,
@@ -102,6 +103,15 @@ class Run:
     @property
     def ended(self) -> bool:
         return evaluate.ended(self.config, self.epoch, self.batch, self.seconds)
+
+    def set_rates(self, factor: float) -> None:
+        """Each optimiser's learning rate: its own, times `factor`."""
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            group = optimizer.param_groups[0]
+            if isinstance(group["lr"], Tensor):  # a graph reads it where it lies
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
 
     def save(self) -> None:
         """Writes beside and renames: whatever happens, the checkpoint before stays whole."""
@@ -130,7 +140,10 @@ class Run:
             if self.averaged is not None:
                 self.averaged.load_state_dict(state["ema"])
             for optimizer, of_optimizer in zip(self.optimizers, state["optimizers"], strict=True):
+                group = optimizer.param_groups[0]
+                own = {key: group[key] for key in ("lr", "capturable")}  # of this device
                 optimizer.load_state_dict(of_optimizer)
+                optimizer.param_groups[0] |= own
             self.sums.copy_(state["sums"])
             for key in self.PLAIN:
                 setattr(self, key, state[key])
@@ -210,14 +223,72 @@ def rate_factor(config: dict, epoch: int, batch: float, seconds: float) -> float
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+class Captured:
+    """All updates by a batch as one CUDA graph: some thousand kernels, recorded once and from then
+    on replayed, which take longer to be launched one by one than to run.
+
+    A replay reads and writes where the recording did. So a batch is first copied there, and what
+    changes from batch to batch, the KL's weight and the learning rates, lies in the device's
+    memory. When the free bits change, which are part of the program, it is recorded anew.
+    """
+
+    WARM_UP = 2  # batches before the recording, in which libraries choose, and compilers work
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.beta = torch.ones((), dtype=torch.float64, device=device)
+        self.forget(free_bits=0.0)
+
+    def forget(self, free_bits: float) -> None:
+        self.graph, self.seen, self.free_bits = None, 0, free_bits
+
+    def settings(self, rate: float) -> dict:
+        """Those of Adam."""
+        return {"lr": torch.tensor(rate, device=self.device), "capturable": True}
+
+    def __call__(self, run: Run, batch: Tensor, terms: dict) -> Tensor:
+        """`descend` by uint8 images that are on the device."""
+        self.beta.fill_(terms.get("beta", 1.0))
+        if terms.get("free_bits", 0.0) != self.free_bits:
+            self.forget(terms["free_bits"])
+        terms = terms | {"beta": self.beta}
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        if self.seen < self.WARM_UP:
+            self.seen += 1
+            with torch.cuda.stream(self.stream):  # where the recording will be
+                means = updates(run, batch, torch.arange(len(batch), device=self.device), terms)
+            current.wait_stream(self.stream)
+            return means
+        made = run.update + len(run.losses)
+        if self.graph is None:
+            self.batch, self.rows = batch.clone(), torch.arange(len(batch), device=self.device)
+            for parameter in run.model.parameters():
+                parameter.grad = None
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.means = updates(run, self.batch, self.rows, terms)
+        self.batch.copy_(batch)
+        self.graph.replay()
+        run.update = made
+        return self.means.clone()
+
+
 def descend(run: Run, images: Tensor, rows: Tensor, terms: dict) -> Tensor:
     """The updates by one batch, the `rows` of uint8 images: a step for each of the run's losses.
 
-    Returns the mean over the batch of each loss and each level's KL, (losses + L,). The gradients
-    of a batch's parts, and of the processes' shares of a part, add up to those of the batch.
+    Returns the mean over the batch of each loss and each level's KL, (losses + L,).
     """
+    if run.captured is not None and len(rows) == run.config["batch_size"]:
+        return run.captured(run, take(images, rows, run.device), terms)
+    return updates(run, images, rows, terms)
+
+
+def updates(run: Run, images: Tensor, rows: Tensor, terms: dict) -> Tensor:
+    """What `descend` does and returns, step by step. The gradients of a batch's parts, and of the
+    processes' shares of a part, add up to those of the batch."""
     compiled = run.config["compile"] and len(rows) == run.config["batch_size"]
-    if compiled:  # a number would be part of the program, and each another one
+    if compiled and not isinstance(terms["beta"], Tensor):  # a number would be part of the program
         beta = torch.full((), terms["beta"], dtype=torch.float64, device=run.device)
         terms = terms | {"beta": beta}
     parts = []
@@ -267,7 +338,7 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
                     fail(f"the loss is {value}", epoch, update)
             bar.set_postfix(loss=f"{of_batch[-1]:.1f}", refresh=False)
         recent.clear()
-        if not torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all():
+        if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
             fail("a parameter is not finite", run.epoch + 1, run.update)
 
     over = parallel.any_of([run.ended])[0]
@@ -275,8 +346,7 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
         while not over:
             part = run.batch / len(batches)
             factor = rate_factor(config, run.epoch, part, run.epoch_seconds)
-            for optimizer, rate in zip(run.optimizers, run.rates, strict=True):
-                optimizer.param_groups[0]["lr"] = rate * factor
+            run.set_rates(factor)
             terms = kl_terms(config, run.epoch + part)
             means = descend(run, images, batches[run.batch], terms)
             if run.averaged is not None:
@@ -385,6 +455,7 @@ def introduce(run: Run, data: Data) -> None:
     length = f"{c['minutes']:g} minutes" if c["minutes"] else f"{c['epochs']} epochs"
     processes = f", one of {parallel.SIZE} processes" if parallel.SIZE > 1 else ""
     how = ", compiled" if c["compile"] else ""
+    how += ", one CUDA graph a batch" if run.captured is not None else ""
     field = ", mean field" if m.mean_field else ""
     parts = f" in {c['accumulate']} parts" if c["accumulate"] > 1 else ""
     say(
@@ -503,6 +574,9 @@ def main(argv: list[str] | None = None) -> None:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).strip().splitlines()[0]
             p.error(f"--compile: PyTorch's compiler fails here ({reason}): leave it out")
+        if "captur" in str(error):
+            reason = str(error).strip().splitlines()[0]
+            p.error(f"an update cannot be recorded as a CUDA graph ({reason}): take --eager")
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         p.error("out of memory: lower --batch-size, --channels or --latents, or --update sampled")
