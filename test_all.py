@@ -3651,6 +3651,24 @@ def test_recorded_updates_are_the_updates(few, recorders, flags):
     assert [graph.replays for graph in recorders] == [4, 1]  # after two batches without, each
 
 
+def test_checkpoints_go_from_runs_with_a_graph_to_runs_without(few, recorders, tmp_path):
+    """And back. The learning rate stays what the run has it as: a graph reads it where it lies."""
+    flags = ["--batch-size", "30", "--out", str(tmp_path)]
+    run = captured(a_run(*flags))
+    course(run, few.train)
+    run.save()
+    runs = [a_run(*flags), captured(a_run(*flags))]
+    for other in runs:
+        before = other.optimizers[0].param_groups[0]["lr"]
+        other.restore(evaluate.load_checkpoint(tmp_path))
+        assert other.optimizers[0].param_groups[0]["lr"] is before
+        assert (other.update, isinstance(before, torch.Tensor)) == (10, other is runs[1])
+        torch.manual_seed(5)
+        course(other, few.train)
+    for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("flags", GRAPHS)
 def test_updates_on_cuda(cuda, no_noise, flags):
     """As one graph and step by step as on the CPU, in float64 and without noise."""

@@ -249,8 +249,9 @@ class Captured:
     def __call__(self, run: Run, batch: Tensor, terms: dict) -> Tensor:
         """`descend` by uint8 images that are on the device."""
         self.beta.fill_(terms.get("beta", 1.0))
-        if terms.get("free_bits", 0.0) != self.free_bits:
-            self.forget(terms["free_bits"])
+        free_bits = terms.get("free_bits", 0.0)
+        if free_bits != self.free_bits:
+            self.forget(free_bits)
         terms = terms | {"beta": self.beta}
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
