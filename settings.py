@@ -142,15 +142,16 @@ def defaults(given: dict) -> dict:
     else:
         digits, colour = config["dataset"] == "digits", SHAPES[config["dataset"]][0] > 1
         best = config["size"] == "best"
-        epochs, warmup = (40, 20) if best else (20, 10)  # of grey images but digits
+        epochs, warmup = (40, 20) if best else (20, 10)  # digits and colour are trained for others
         config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 10 if colour else epochs)
         if best:
             config |= dict(schedule="cosine", ema=0.999)
         if config["rl"] or config["ivae"]:
             # The decoder is slow to listen, and until it does the KL would win at the top: in
-            # some 240 updates over the whole level, in some thousand over some of its units.
+            # some 240 updates over the whole level, in some thousand over some of its units, and
+            # bottom-up on colour images even over all levels.
             half = max(1, (config | given)["epochs"] // 2)
-            config["warmup"] = 20 if digits else 1 if colour else min(warmup, half)
+            config["warmup"] = 20 if digits else min(warmup, half)
     if config["minutes"] is not None:
         config["epochs"] = 1_000_000
     config |= given

@@ -2534,7 +2534,7 @@ def test_settings_of_the_paper():
     assert (best["epochs"], best["schedule"], best["ema"]) == (40, "cosine", 0.5)
     fashion = {"dataset": "fashionmnist"}  # the small preset warms up where the top is at risk
     for flags, warmup in (
-        ({"rl": True}, 20), ({"rl": True, "dataset": "cifar10"}, 1), ({"rl": True} | fashion, 10),
+        ({"rl": True}, 20), ({"rl": True, "dataset": "cifar10"}, 5), ({"rl": True} | fashion, 10),
         ({"rl": True, "arch": "hvae"} | fashion, 10), ({"ivae": True} | fashion, 10),
         ({"arch": "hvae"} | fashion, 0), ({}, 0), ({"rl": True, "minutes": 3.0} | fashion, 10),
         ({"rl": True, "epochs": 5} | fashion, 2), ({"rl": True, "epochs": 1} | fashion, 1),
