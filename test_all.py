@@ -3726,6 +3726,29 @@ def test_a_run_on_cuda(cuda, few, tmp_path, capsys):
     assert found[0]["probe"]["all"] == pytest.approx(found[1]["probe"]["all"], abs=5)
 
 
+@pytest.mark.parametrize(
+    "first, words",
+    [
+        (
+            RuntimeError("Cannot copy\nand more"),
+            r"recorded as a CUDA graph \(Cannot copy\): take --ea",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: lower --batch-size"),
+    ],
+)
+def test_a_recording_that_fails_is_named(capsys, monkeypatch, first, words):
+    """By what went wrong first: the end of the recording fails in turn."""
+
+    def fails_to_record(flags):
+        try:
+            raise first
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(train, "command", fails_to_record)
+    fails(capsys, [], words)
+
+
 def test_a_compiler_that_fails_is_named(few, tmp_path, monkeypatch, capsys):
     class NoCompiler(RuntimeError):
         __module__ = "torch._inductor.exc"

@@ -575,10 +575,18 @@ def main(argv: list[str] | None = None) -> None:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).strip().splitlines()[0]
             p.error(f"--compile: PyTorch's compiler fails here ({reason}): leave it out")
-        if "captur" in str(error):
-            reason = str(error).strip().splitlines()[0]
+        errors: list[BaseException] = [
+            error
+        ]  # the last one came first: a recording ends with its own
+        while errors[-1].__context__ is not None:
+            errors.append(errors[-1].__context__)
+        no_memory = any(
+            isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e) for e in errors
+        )
+        if "captur" in str(error) and not no_memory:
+            reason = str(errors[-1]).strip().splitlines()[0]
             p.error(f"an update cannot be recorded as a CUDA graph ({reason}): take --eager")
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not no_memory:
             raise
         p.error("out of memory: lower --batch-size, --channels or --latents, or --update sampled")
     except KeyboardInterrupt:  # outside training, or the second one
