@@ -575,9 +575,8 @@ def main(argv: list[str] | None = None) -> None:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).strip().splitlines()[0]
             p.error(f"--compile: PyTorch's compiler fails here ({reason}): leave it out")
-        errors: list[BaseException] = [
-            error
-        ]  # the last one came first: a recording ends with its own
+        # What went wrong first stands last: a recording that fails ends with an error of its own.
+        errors: list[BaseException] = [error]
         while errors[-1].__context__ is not None:
             errors.append(errors[-1].__context__)
         no_memory = any(
