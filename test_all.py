@@ -73,7 +73,13 @@ def seeded(request, monkeypatch):
 
 @pytest.fixture
 def cuda() -> torch.device:
-    return torch.device("cuda") if CUDA else pytest.skip("no CUDA device here")
+    return torch.device("cuda")
+
+
+def of_cuda(test):
+    """Such tests are there where CUDA is: they lack nothing that could be brought here."""
+    test.__test__ = CUDA
+    return test
 
 
 def tiny(arch: str, levels: int, dtype: torch.dtype = torch.float64) -> models.Hierarchy:
@@ -3669,6 +3675,7 @@ def test_checkpoints_go_from_runs_with_a_graph_to_runs_without(few, recorders, t
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
+@of_cuda
 @pytest.mark.parametrize("flags", GRAPHS)
 def test_updates_on_cuda(cuda, no_noise, flags):
     """As one graph and step by step as on the CPU, in float64 and without noise."""
@@ -3692,6 +3699,7 @@ def test_updates_on_cuda(cuda, no_noise, flags):
         torch.testing.assert_close(found[name], found["cpu"], rtol=1e-5, atol=1e-6)
 
 
+@of_cuda
 def test_noise_on_cuda(cuda, few):
     """The replays draw the numbers that the updates step by step would draw, every time others."""
     flags = ["--rl", "--batch-size", "30", "--dtype", "float32"]
@@ -3706,6 +3714,7 @@ def test_noise_on_cuda(cuda, few):
     assert len({value.item() for value in values}) == 6
 
 
+@of_cuda
 def test_a_run_on_cuda(cuda, few, tmp_path, capsys):
     """Trains, and goes on from its checkpoint on the CPU and from there on CUDA again."""
     flags = [*TINY, "--rl", "--batch-size", "64", "--out", str(tmp_path)]
@@ -3903,7 +3912,8 @@ def test_rl_keeps_the_top_level_informative_where_the_elbo_lets_it_collapse(arch
     objectives = {"elbo": [], "rl": ["--rl"]} | ({"ivae": ["--ivae"]} if arch == "lvae" else {})
     for name, rl in objectives.items():
         out = str(tmp_path / name)
-        train.main(["--arch", arch, "--epochs", "30", "--warmup", "20", *rl, "--out", out])
+        flags = ["--arch", arch, "--epochs", "30", "--warmup", "20", "--probe", "top", *rl]
+        train.main([*flags, "--out", out])
         found[name] = json.loads(Path(out, "eval.json").read_text())
     assert found["rl"]["kl"][-1] > 1 and min(found["rl"]["kl"]) > 0.5
     assert found["rl"]["active_units"][-1] >= 2
