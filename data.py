@@ -1,40 +1,31 @@
 """Data sets as uint8 tensors, and batches of them.
 
-    digits        1,797 handwritten digits that come with scikit-learn, 28x28, no download
-    mnist         60,000 + 10,000, grey 28x28
-    fashionmnist  60,000 + 10,000, grey 28x28
-    cifar10       50,000 + 10,000, 32x32, 10 classes
-    cifar100      50,000 + 10,000, 32x32, 100 classes
-    stl10         5,000 + 8,000 (and 100,000 unlabelled), resized from 96x96 to 32x32, 10 classes
-    tinyimagenet  100,000 + 10,000 (its validation split), 64x64, 200 classes
-    celeba        162,770 + 19,962 aligned faces, resized to 64x64, no classes
-    folder        images of any size below train/ and test/, in a folder a class or without classes
-
-All are read below a data folder in their official layout, or downloaded there. What is decoded or
-resized is kept in decoded/ below the data folder, once, and read from there through a memory map.
+Data sets are read below a data folder in their official layout, or downloaded there. A zip is
+unpacked beside itself. What is decoded or resized is kept in decoded/ below the data folder.
 """
 
 import contextlib
 import ctypes
 import gzip
-import io
-import mmap
 import os
 import socket
+import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from torchvision.transforms.v2.functional import resize
 
-from files import BLOCK, PICTURES, Files, UserError, cached, decoded
+from files import BLOCK, UserError, cached, decoded, pictures
 
 
 class Data(NamedTuple):
@@ -57,23 +48,18 @@ class Data(NamedTuple):
 
 
 DIGITS = tuple("0123456789")
-FASHION = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
 SHAPES = {  # channels, height, width
-    "digits": (1, 28, 28),
-    "mnist": (1, 28, 28),
-    "fashionmnist": (1, 28, 28),
-    "cifar10": (3, 32, 32),
-    "cifar100": (3, 32, 32),
-    "stl10": (3, 32, 32),
-    "tinyimagenet": (3, 64, 64),
-    "celeba": (3, 64, 64),
-    "folder": (3, 32, 32),
+    "digits": (1, 28, 28),  # 1,797 handwritten digits that come with scikit-learn, no download
+    "mnist": (1, 28, 28),  # 60,000 + 10,000
+    "fashionmnist": (1, 28, 28),  # 60,000 + 10,000
+    "cifar10": (3, 32, 32),  # 50,000 + 10,000, 10 classes
+    "cifar100": (3, 32, 32),  # 50,000 + 10,000, 100 classes
+    "stl10": (3, 32, 32),  # 5,000 + 8,000, and 100,000 unlabelled, resized from 96x96, 10 classes
+    "tinyimagenet": (3, 64, 64),  # 100,000 + 10,000, its validation split, 200 classes
+    "celeba": (3, 64, 64),  # 162,770 + 19,962 aligned faces, resized, no classes
+    "folder": (3, 32, 32),  # images of any size in train/ and test/, in a folder a class or in none
 }
 DATASETS = tuple(SHAPES)
-IMAGE_FIELDS = ("train", "test", "unlabelled")  # of Data
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -95,45 +81,48 @@ def load(
     image_size: int | None = None,
     unlabelled: bool = False,
     threshold: bool = False,
+    train_images: int | None = None,
 ) -> Data:
     """A data set on the CPU. Raises UserError with the ways to get it where it cannot be had.
 
-    `image_size` is the side of the images of "folder" (default 32); `unlabelled` adds the 100,000
-    unlabelled images of "stl10"; `threshold` makes grey images black and white, once and for all.
+    `image_size` is the side of the images of "folder" (default 32). `unlabelled` adds STL-10's
+    unlabelled images. `threshold` makes grey images black and white: 255 where a pixel is above
+    127, else 0. `train_images` keeps the first so many to train on.
     """
     folder = Path(data_dir)
-    if name not in SHAPES:
-        raise UserError(f"unknown data set {name!r}: choose {', '.join(DATASETS)}")
-    shape = image_shape(name, image_size)
+    channels, side, _ = image_shape(name, image_size)
     if unlabelled and name != "stl10":
         raise UserError(f"--unlabelled is for --dataset stl10: {name} has no unlabelled split")
-    if threshold and shape[0] > 1:
+    if threshold and channels > 1:
         raise UserError(f"--threshold is for grey images: those of {name} have colours")
-    if threshold:
-        return thresholded(load(name, data_dir, download))
     if name == "digits":
-        return _digits()
-    if name == "mnist":
-        return _mnist(name, "MNIST", folder, DIGITS, [], download)
-    if name == "fashionmnist":
-        return _mnist(name, "FashionMNIST", folder, FASHION, [DEBIAN_FASHION], download)
-    if name in ("cifar10", "cifar100"):
-        return _cifar(name, folder, download)
-    if name == "stl10":
-        return _stl10(folder, download, unlabelled)
-    if name == "tinyimagenet":
-        return _tinyimagenet(folder, download)
-    if name == "celeba":
-        return _celeba(folder, download)
-    return _folder(folder, shape[1])
+        data = _digits()
+    elif name in ("mnist", "fashionmnist"):
+        data = _mnist(name, folder, download)
+    elif name in ("cifar10", "cifar100"):
+        data = _cifar(name, folder, download)
+    elif name == "stl10":
+        data = _stl10(folder, download, unlabelled)
+    elif name == "tinyimagenet":
+        data = _tinyimagenet(folder, download)
+    elif name == "celeba":
+        data = _celeba(folder, download)
+    else:
+        data = _folder(folder, side)
+    if threshold:
+        train, test = ((images > 127).to(torch.uint8) * 255 for images in (data.train, data.test))
+        data = data._replace(train=train, test=test)
+    if train_images is not None and train_images > len(data.to_train_on):
+        raise UserError(f"--train-images {train_images}: there are {len(data.to_train_on):,}")
+    parts = (data.train, data.train_labels, data.unlabelled)
+    images, labels, more = (part if part is None else part[:train_images] for part in parts)
+    return data._replace(train=images, train_labels=labels, unlabelled=more)
 
-
-# --------------------------------------------------------------------------------------------------
-# Downloads, and what to do where there is none
 
 PLACES = {
     "mnist": "the four *-ubyte files (plain or .gz) into {}/MNIST/raw",
-    "fashionmnist": "the four *-ubyte files (plain or .gz) into {}/FashionMNIST/raw",
+    "fashionmnist": "the four *-ubyte files (plain or .gz) into {}/FashionMNIST/raw; or "
+    "apt-get install dataset-fashion-mnist",
     "cifar10": "cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it, into {}",
     "cifar100": "cifar-100-python.tar.gz, or the folder cifar-100-python in it, into {}",
     "stl10": "stl10_binary.tar.gz, or the folder stl10_binary in it, into {}",
@@ -142,257 +131,169 @@ PLACES = {
 }
 
 
-def _ways(name: str, data_dir: Path) -> str:
-    debian = "; or apt-get install dataset-fashion-mnist" if name == "fashionmnist" else ""
-    return (
-        f"Ways to get it: put {PLACES[name].format(data_dir)}; or name another folder with "
-        f"--data-dir; or run where the network is{debian}; or take --dataset digits, which needs "
-        "none"
-    )
+def _wrong(name: str, data_dir: Path, what: str) -> UserError:
+    """Says what is wrong with a data set, and the ways to get it."""
+    ways = f"put {PLACES[name].format(data_dir)}; or name another folder with --data-dir; or run"
+    ways += " where the network is; or take --dataset digits, which needs none"
+    return UserError(f"{name}: {what}. Ways to get it: {ways}")
 
 
-def _download(name: str, data_dir: Path, fetch: Callable[[], object], found: str = "") -> None:
-    """Runs `fetch`, which downloads; `found` says what is there that is not enough."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
+def _get(name: str, data_dir: Path, lacking: str, get: Callable, *args, **options) -> object:
+    """What get(*args, **options) returns, which may download; UserError where it raises."""
+    socket.setdefaulttimeout(30)  # seconds
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # each mirror tried is a line there
-            fetch()
+        return get(*args, **options)
     except Exception as error:  # whatever torchvision and the network raise, the user needs a way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"{name} could not be downloaded ({reason}). {found}{'. ' * bool(found)}"
-            f"{_ways(name, data_dir)}"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
+        raise _wrong(name, data_dir, f"{lacking} ({repr(error)[:200]})") from None
 
 
-def _absent(name: str, data_dir: Path, what: str) -> UserError:
-    return UserError(f"no {name}: {what}. {_ways(name, data_dir)}")
-
-
-def _whole(listed: list[tuple[Path, str]]) -> str:
-    """What is missing or not as its MD5 sum says among the files of a folder; "" where all is."""
-    missing = [path.name for path, _ in listed if not path.is_file()]
-    damaged = [p.name for p, md5 in listed if p.is_file() and not check_integrity(str(p), md5)]
-    said = [f"lacks {', '.join(missing)}"] if missing else []
-    said += [f"holds damaged files ({', '.join(damaged)})"] if damaged else []
-    return f"{listed[0][0].parent} {' and '.join(said)}" if said else ""
-
-
-# --------------------------------------------------------------------------------------------------
-# digits
+def _unpack(archive: Path) -> None:
+    """Unpacks the folder in a zip, which has the same name, beside it: whole or not at all."""
+    folder = archive.with_suffix("")
+    with tempfile.TemporaryDirectory(dir=archive.parent, suffix=".tmp") as temporary:
+        try:
+            extract_archive(archive, temporary)
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+            raise UserError(f"{archive} cannot be unpacked ({error}): get it again") from None
+        if not folder.exists():  # another process may have unpacked it, too
+            os.replace(Path(temporary, folder.name), folder)
 
 
 def _digits() -> Data:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
     images, labels = load_digits(return_X_y=True)  # (1797, 64), values 0 to 16
     images = torch.from_numpy(images).float().view(-1, 1, 8, 8) * (255 / 16)
     images = torch.nn.functional.interpolate(images, size=(28, 28), mode="bilinear")
     images, labels = images.round().to(torch.uint8), torch.from_numpy(labels).long()
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=360, stratify=labels.numpy(), random_state=0
-    )
+    train, test = train_test_split(range(1797), test_size=360, stratify=labels, random_state=0)
     return Data(images[train], labels[train], images[test], labels[test], DIGITS)
 
 
-# --------------------------------------------------------------------------------------------------
-# MNIST and its kin
-
-SPLITS = {"train": 60_000, "t10k": 10_000}
-
-
-def _mnist(
-    name: str, base: str, data_dir: Path, classes: tuple, elsewhere: list[Path], download: bool
-) -> Data:
-    folders = [data_dir / base / "raw", data_dir, *elsewhere]
-    folder = next((f for f in folders if not _missing(f)), None)
-    if folder is None:
-        if not download:
-            raise _absent(name, data_dir, f"not in {', '.join(map(str, folders))}")
-        folder = folders[0]
-        missing = _missing(folder)
-        found = f"{folder} lacks {', '.join(missing)}" if len(missing) < 4 else ""
-        fetch = getattr(datasets, base)
-        _download(name, data_dir, lambda: fetch(str(data_dir), download=True), found)
-    arrays = []
-    for split, count in SPLITS.items():
-        images = read_idx(_file(folder, f"{split}-images-idx3-ubyte"), ndim=3)
-        labels = read_idx(_file(folder, f"{split}-labels-idx1-ubyte"), ndim=1)
-        if images.shape != (count, 28, 28) or len(labels) != count or labels.max() > 9:
-            raise UserError(
-                f"{folder}: {split} holds images {tuple(images.shape)} and {len(labels)} labels, "
-                f"not {count} of 28x28 in 10 classes. {_ways(name, data_dir)}"
-            )
-        arrays += [images.unsqueeze(1), labels.long()]
-    return Data(*arrays, classes)
+IDX = {  # of MNIST and FashionMNIST
+    "train-images-idx3-ubyte": (60_000, 28, 28),
+    "train-labels-idx1-ubyte": (60_000,),
+    "t10k-images-idx3-ubyte": (10_000, 28, 28),
+    "t10k-labels-idx1-ubyte": (10_000,),
+}
 
 
-def _file(folder: Path, stem: str) -> Path:
-    plain = folder / stem
-    return plain if plain.is_file() else folder / f"{stem}.gz"
+def _mnist(name: str, data_dir: Path, download: bool) -> Data:
+    kind = {"mnist": datasets.MNIST, "fashionmnist": datasets.FashionMNIST}[name]
+    raw = data_dir / kind.__name__ / "raw"
+    folders = [raw, data_dir, DEBIAN_FASHION][: 3 if name == "fashionmnist" else 2]
+    folder = next((f for f in folders if all(path.is_file() for path in _idx(f))), raw)
+    if missing := [path.stem for path in _idx(folder) if not path.is_file()]:
+        lacking = f"{raw} lacks {', '.join(missing)}"
+        _get(name, data_dir, lacking, kind, str(data_dir), download=download)
+    train, train_labels, test, test_labels = map(read_idx, _idx(folder), IDX.values())
+    classes = DIGITS if name == "mnist" else tuple(kind.classes)
+    return Data(train[:, None], train_labels.long(), test[:, None], test_labels.long(), classes)
 
 
-def _missing(folder: Path) -> list[str]:
-    stems = [f"{s}-{kind}-ubyte" for s in SPLITS for kind in ("images-idx3", "labels-idx1")]
-    return [stem for stem in stems if not _file(folder, stem).is_file()]
+def _idx(folder: Path) -> list[Path]:
+    """The four files, or .gz where there is no plain one."""
+    plain = [folder / name for name in IDX]
+    return [path if path.is_file() else path.with_suffix(".gz") for path in plain]
 
 
-def read_idx(path: Path, ndim: int) -> Tensor:
-    """A uint8 array in Yann LeCun's IDX format, plain or gzip. UserError where it is not whole."""
-    advice = "delete it and get it again"
+def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The uint8 array in an IDX file, plain or gzip. UserError unless it is whole, of `shape`."""
+    header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
     try:
         raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): {advice}") from None
-    header = 4 + 4 * ndim
-    if len(raw) < header or raw[:4] != bytes([0, 0, 8, ndim]):
-        raise UserError(f"{path} is not an IDX file of {ndim} dimensions: {advice}")
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", ndim, offset=4))
-    if len(raw) != header + int(np.prod(shape)):
-        raise UserError(
-            f"{path} is truncated or damaged: {len(raw) - header} bytes of data where its header "
-            f"promises {'x'.join(map(str, shape))}: {advice}"
-        )
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        array = np.frombuffer(raw.removeprefix(header), np.uint8).reshape(shape)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        what = f"{path} is not a whole IDX file of shape {shape} ({error})"
+        raise UserError(f"{what}: delete it and get it again") from None
+    return torch.from_numpy(array.copy())
 
 
-# --------------------------------------------------------------------------------------------------
-# CIFAR and STL-10
+def _torchvision(name: str, kind: type, data_dir: Path, download: bool, **split) -> object:
+    """An instance of torchvision's class, downloaded where it is not whole and that is allowed."""
+    try:
+        return kind(str(data_dir), **split)
+    except (RuntimeError, OSError):
+        base, listed = data_dir / kind.base_folder, [*kind.train_list, *kind.test_list]
+        odd = ", ".join(file for file, md5 in listed if not check_integrity(base / file, md5))
+        lacking = f"{base} lacks {odd or 'a file'}, or it is damaged"
+        return _get(name, data_dir, lacking, kind, str(data_dir), download=download, **split)
 
 
 def _cifar(name: str, data_dir: Path, download: bool) -> Data:
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-
-    def splits() -> list[datasets.CIFAR10]:
-        return [kind(str(data_dir), train=train) for train in (True, False)]
-
-    try:
-        train, test = splits()
-    except (RuntimeError, OSError):  # not there, or not what its checksums say
-        base = data_dir / kind.base_folder
-        listed = [(kind.meta["filename"], kind.meta["md5"]), *kind.train_list, *kind.test_list]
-        found = _whole([(base / file, md5) for file, md5 in listed])
-        if not download:
-            raise _absent(name, data_dir, found) from None
-        fetch = partial(kind, str(data_dir), download=True)
-        _download(name, data_dir, fetch, found if base.is_dir() else "")
-        train, test = splits()
     tensors = []
-    for split in (train, test):
+    for train in (True, False):
+        split = _torchvision(name, kind, data_dir, download, train=train)
         tensors.append(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous())
         tensors.append(torch.tensor(split.targets))
-    return Data(*tensors, tuple(train.classes))
+    return Data(*tensors, tuple(split.classes))
 
 
 def _stl10(data_dir: Path, download: bool, unlabelled: bool) -> Data:
-    kind, base = datasets.STL10, data_dir / datasets.STL10.base_folder
-    sums = dict(map(tuple, [*kind.train_list, *kind.test_list]))
-    files = {"train": "train_X.bin", "test": "test_X.bin", "unlabelled": "unlabeled_X.bin"}
-    if not unlabelled:
-        del files["unlabelled"]
-    needed = [*files.values(), "train_y.bin", "test_y.bin"]
-    listed = [(base / file, sums[file]) for file in needed]
-    if not all(path.is_file() for path, _ in listed):
-        found = _whole(listed)
-        if not download:
-            raise _absent("stl10", data_dir, found)
-        fetch = partial(kind, str(data_dir), split="test", download=True)
-        _download("stl10", data_dir, fetch, found if base.is_dir() else "")
+    class Kind(datasets.STL10):  # its 2.6 GB of unlabelled images only where they are asked for
+        train_list = datasets.STL10.train_list[: 3 if unlabelled else 2]
 
-    def blocks(file: str) -> Iterator[np.ndarray]:
-        split = file.partition("_")[0]  # train_X.bin: and its labels
-        if damaged := _whole([(p, md5) for p, md5 in listed if p.name.startswith(split)]):
-            raise UserError(f"stl10: {damaged}: delete them. {_ways('stl10', data_dir)}")
-        columns_first = np.memmap(base / file, np.uint8, "r").reshape(-1, 3, 96, 96)
-        for start in range(0, len(columns_first), BLOCK):
-            rows_first = torch.from_numpy(columns_first[start : start + BLOCK].copy()).mT
-            yield resize(rows_first, [32, 32], antialias=True).numpy()
+    base = data_dir / Kind.base_folder
+    if not all((base / file).is_file() for file, _ in [*Kind.train_list, *Kind.test_list]):
+        _torchvision("stl10", Kind, data_dir, download, split="test")
 
-    arrays = {}
-    for split, file in files.items():
-        stat = (base / file).stat()
+    def resized(split: str) -> Tensor:
+        def blocks() -> Iterator[np.ndarray]:  # of images (N, 3, 96, 96)
+            images = _torchvision("stl10", Kind, data_dir, False, split=split).data
+            for start in range(0, len(images), BLOCK):
+                part = torch.from_numpy(images[start : start + BLOCK])
+                yield resize(part, [32, 32], antialias=True).numpy()
+
+        stat = (base / f"{split}_X.bin").stat()
         shape = (stat.st_size // (3 * 96 * 96), 3, 32, 32)
-        signature = f"{stat.st_size} {stat.st_mtime_ns}"
         path = data_dir / "decoded" / f"stl10-{split}.npy"
-        arrays[split] = cached(path, shape, signature, partial(blocks, file))
-    labels = {}
+        return cached(path, shape, f"{stat.st_size} {stat.st_mtime_ns}", blocks())
+
+    tensors = []
     for split in ("train", "test"):
-        labels[split] = torch.from_numpy(np.fromfile(base / f"{split}_y.bin", np.uint8)).long() - 1
-        if len(labels[split]) != len(arrays[split]):
-            raise UserError(
-                f"stl10: {base / split}_y.bin has {len(labels[split])} labels for "
-                f"{len(arrays[split])} images: delete it. {_ways('stl10', data_dir)}"
+        images = resized(split)
+        labels = torch.from_numpy(np.fromfile(base / f"{split}_y.bin", np.uint8)).long() - 1
+        if len(labels) != len(images):
+            raise _wrong(
+                "stl10", data_dir, f"{len(labels)} {split} labels for {len(images)} images"
             )
-    names = base / kind.class_names_file
-    classes = tuple(names.read_text().split()) if names.is_file() else DIGITS
-    return Data(
-        arrays["train"], labels["train"], arrays["test"], labels["test"], classes,
-        arrays.get("unlabelled"),
-    )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------
-# Picture files: TinyImageNet, CelebA and folders of the user's own
+        tensors += [images, labels]
+    classes = tuple((base / Kind.class_names_file).read_text().split())
+    return Data(*tensors, classes, resized("unlabeled") if unlabelled else None)
 
 
 def _tinyimagenet(data_dir: Path, download: bool) -> Data:
-    base, name = "tiny-imagenet-200", "tinyimagenet"
-    places = [data_dir / base, data_dir, data_dir / f"{base}.zip"]
-    root = next((p for p in places if (p / "wnids.txt").is_file() or p.is_file()), None)
-    if root is None and places[0].is_dir():
-        raise UserError(f"{places[0]} lacks wnids.txt. {_ways(name, data_dir)}")
-    if root is None:
-        root = places[-1]
-        if not download:
-            raise _absent(name, data_dir, f"neither {places[0]} nor {root} is there")
-        url, md5 = f"http://cs231n.stanford.edu/{root.name}", "90528d7ca1a48142e341f4ef8d21d0de"
-        _download(name, data_dir, partial(download_url, url, str(data_dir), root.name, md5))
-    files = Files(root)
-    top = "" if root.is_dir() else f"{base}/"
-
-    def wrong(what: str) -> UserError:
-        return UserError(f"{root}: {what}: get it again. {_ways(name, data_dir)}")
-
-    wnids = sorted(files.text(f"{top}wnids.txt").split())
+    folder, archive = data_dir / "tiny-imagenet-200", data_dir / "tiny-imagenet-200.zip"
+    root = data_dir if (data_dir / "wnids.txt").is_file() else folder
+    if not root.is_dir():
+        if not archive.is_file():
+            lacking = f"neither {folder} nor {archive} is there"
+            if not download:
+                raise _wrong("tinyimagenet", data_dir, lacking)
+            url = f"http://cs231n.stanford.edu/{archive.name}"
+            md5 = "90528d7ca1a48142e341f4ef8d21d0de"
+            _get("tinyimagenet", data_dir, lacking, download_url, url, data_dir, archive.name, md5)
+        _unpack(archive)
+    wnids = sorted((root / "wnids.txt").read_text().split())
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    train, train_labels = [], []
-    for file in files.pictures(f"{top}train/"):  # train/WNID/images/WNID_7.JPEG
-        wnid = file.removeprefix(f"{top}train/").partition("/")[0]
-        if wnid in label_of:
-            train.append(file)
-            train_labels.append(label_of[wnid])
-    if missing := [wnids[label] for label in sorted(set(label_of.values()) - set(train_labels))]:
-        raise wrong(f"no training images of {', '.join(missing[:3])} ({len(missing)} classes)")
-    # The images of all classes lie in one folder, and only this file tells which is which.
-    annotated = {}
-    for line in files.text(f"{top}val/val_annotations.txt").splitlines():
-        file, _, rest = line.partition("\t")
-        wnid = rest.partition("\t")[0]
-        if wnid not in label_of:
-            raise wrong(f"val_annotations.txt has a line that names no class: {line[:60]!r}")
-        annotated[f"{top}val/images/{file}"] = label_of[wnid]
-    test = files.pictures(f"{top}val/images/")
-    if set(test) != set(annotated):
-        odd = sorted(set(test) ^ set(annotated))
-        raise wrong(f"val/images and val_annotations.txt differ in {odd[0]} ({len(odd)} in all)")
-    test_labels = [annotated[file] for file in test]
-    classes = tuple(wnids)
-    if f"{top}words.txt" in files.stamps:
-        words = dict(line.split("\t", 1) for line in files.text(f"{top}words.txt").splitlines()
-                     if "\t" in line)  # fmt: skip
-        classes = tuple(words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
-    images = [
-        decoded(files, names, 64, None, data_dir / "decoded" / f"tinyimagenet-{split}.npy")
-        for split, names in (("train", train), ("test", test))
-    ]
+    train = [f for f in pictures(root / "train") if f.partition("/")[0] in label_of]
+    train_labels = [label_of[file.partition("/")[0]] for file in train]  # WNID/images/WNID_7.JPEG
+    if missing := set(range(len(wnids))) - set(train_labels):
+        raise _wrong("tinyimagenet", data_dir, f"{root} has no images of {wnids[min(missing)]}")
+    # The test images of all classes lie in one folder. This file tells which is which.
+    lines = (root / "val/val_annotations.txt").read_text().splitlines()
+    wnid_of = dict(f"{line}\t".split("\t")[:2] for line in lines)
+    test = pictures(root / "val/images")
+    if odd := sorted(set(test) ^ {file for file, wnid in wnid_of.items() if wnid in label_of}):
+        raise _wrong("tinyimagenet", data_dir, f"{root}/val lacks {odd[0]} or its annotation")
+    words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text().splitlines())
+    kept = data_dir / "decoded"
     return Data(
-        images[0], torch.tensor(train_labels), images[1], torch.tensor(test_labels), classes
+        decoded(root / "train", train, 64, None, kept / "tinyimagenet-train.npy"),
+        torch.tensor(train_labels),
+        decoded(root / "val/images", test, 64, None, kept / "tinyimagenet-test.npy"),
+        torch.tensor([label_of[wnid_of[file]] for file in test]),
+        tuple(words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids),
     )
 
 
@@ -401,94 +302,57 @@ def _celeba(data_dir: Path, download: bool) -> Data:
         folders = [data_dir / base for base in ("celeba", "celeba/Img", "celeba/Eval", ".")]
         return next((f / n for n in names for f in folders if (f / n).exists()), None)
 
-    def parts() -> tuple[Path | None, Path | None]:
-        partition = find("list_eval_partition.txt", "list_eval_partition.csv")
-        return partition, find("img_align_celeba", "img_align_celeba.zip")
-
-    partition, root = parts()
-    if partition is None or root is None:
-        lacking = " and ".join(
-            what for what, path in (("list_eval_partition.txt", partition),
-                                    ("img_align_celeba", root)) if path is None
-        )  # fmt: skip
-        if not download:
-            raise _absent("celeba", data_dir, f"{data_dir / 'celeba'} lacks {lacking}")
-        fetch = partial(datasets.CelebA, str(data_dir), download=True)
-        _download("celeba", data_dir, fetch, f"{data_dir / 'celeba'} lacks {lacking}")
-        partition, root = parts()
-    files = Files(root)
-    path_of = {name.rpartition("/")[2]: name for name in files.pictures("")}
-    splits: dict[str, list[str]] = {"0": [], "1": [], "2": []}  # training, validation, test
-    for line in partition.read_text().splitlines():
-        name, _, split = line.replace(",", " ").partition(" ")
-        if name.lower().endswith(PICTURES) and split.strip() in splits:
-            splits[split.strip()].append(name)
-    for split in ("0", "2"):
-        if not splits[split]:
-            raise UserError(f"{partition} names no images of split {split}: get it again")
-        if missing := [name for name in splits[split] if name not in path_of]:
-            raise UserError(
-                f"{root} lacks {missing[0]} and {len(missing) - 1} more images that "
-                f"{partition.name} names: unpack img_align_celeba.zip again"
-            )
-    images = [  # the middle 148 x 148 of 178 x 218, the face
-        decoded(files, [path_of[n] for n in splits[split]], 64, 148,
-                 data_dir / "decoded" / f"celeba-{split_name}.npy")
-        for split, split_name in (("0", "train"), ("2", "test"))
-    ]  # fmt: skip
+    lists = ("list_eval_partition.txt", "list_eval_partition.csv")
+    if not (find(*lists) and find("img_align_celeba", "img_align_celeba.zip")):
+        lacking = f"{data_dir}/celeba lacks list_eval_partition.txt or img_align_celeba"
+        _get("celeba", data_dir, lacking, datasets.CelebA, str(data_dir), download=download)
+    if not find("img_align_celeba"):
+        _unpack(find("img_align_celeba.zip"))
+    partition, root = find(*lists), find("img_align_celeba")
+    rows = [line.replace(",", " ").split() for line in partition.read_text().splitlines()]
+    path_of = {name.rpartition("/")[2]: name for name in pictures(root)}
+    images = []
+    for split, number in (("train", "0"), ("test", "2")):  # 1: validation
+        names = [row[0] for row in rows if row[1] == number]
+        if missing := [name for name in names if name not in path_of]:
+            what = f"{root} lacks {missing[0]} and {len(missing) - 1} more images"
+            raise UserError(f"{what} that {partition.name} names: unpack the zip again")
+        kept = data_dir / "decoded" / f"celeba-{split}.npy"
+        images.append(decoded(root, [path_of[name] for name in names], 64, 148, kept))  # the face
     return Data(images[0], None, images[1], None, ())
 
 
 def _folder(root: Path, side: int) -> Data:
-    for split in ("train", "test"):
-        if not (root / split).is_dir():
-            raise UserError(
-                f"{root} has no folder {split}/: --dataset folder reads images from train/ and "
-                "test/ below --data-dir, in a folder a class or in none"
-            )
-    found = {split: Files(root / split) for split in ("train", "test")}
-    names = {split: files.pictures("") for split, files in found.items()}
-    for split, pictures in names.items():
-        if not pictures:
-            raise UserError(f"{root / split} has no images ({', '.join(PICTURES)})")
-    classes = {s: [n.partition("/")[0] if "/" in n else "" for n in names[s]] for s in names}
-    known = sorted(set(classes["train"]))
-    if "" in known and len(known) > 1:
+    names = [pictures(root / split) for split in ("train", "test")]
+    if not all(names):
+        raise UserError(f"{root} needs images in train/ and test/, in a folder a class or in none")
+    classes = [[n.partition("/")[0] if "/" in n else "" for n in part] for part in names]
+    known = sorted(set(classes[0]))
+    if len(known) > 1 and "" in known:
         raise UserError(f"{root / 'train'} has images beside the class folders: move them into one")
-    labels = {}
-    if len(known) > 1:  # a single class says no more than none
-        if odd := sorted(set(classes["test"]) - set(known)):
-            odd = f"the class {odd[0]!r}" if odd[0] else "images outside the class folders"
-            raise UserError(f"{root / 'test'} has {odd}, which {root / 'train'} has not")
-        index = {name: label for label, name in enumerate(known)}
-        labels = {s: torch.tensor([index[name] for name in classes[s]]) for s in names}
-    images = {
-        split: decoded(found[split], names[split], side, None,
-                        root / "decoded" / f"folder-{split}-{side}.npy")
-        for split in names
-    }  # fmt: skip
-    return Data(images["train"], labels.get("train"), images["test"], labels.get("test"),
-                tuple(known) if labels else ())  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------
-# Where and in what precision
+    if len(known) > 1 and (odd := sorted(set(classes[1]) - set(known))):
+        what = f"the class {odd[0]!r}" if odd[0] else "images outside the class folders"
+        raise UserError(f"{root / 'test'} has {what}, which {root / 'train'} has not")
+    train, test = (
+        decoded(root / split, part, side, None, root / "decoded" / f"folder-{split}-{side}.npy")
+        for split, part in zip(("train", "test"), names, strict=True)
+    )
+    if len(known) == 1:  # says no more than none
+        return Data(train, None, test, None, ())
+    train_labels, test_labels = (torch.tensor([known.index(c) for c in part]) for part in classes)
+    return Data(train, train_labels, test, test_labels, tuple(known))
 
 
 def pick_device(name: str) -> torch.device:
     """The device named "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
-        return torch.device("cpu")
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or not (index.isdigit() or name == "cuda"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") and not (name[:5] == "cuda:" and name[5:].isdigit()):
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        raise UserError(f"device {name}: PyTorch sees no CUDA device here: choose --device cpu")
-    if index and int(index) >= torch.cuda.device_count():
-        raise UserError(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name}: no CUDA device here, or too few: choose --device cpu")
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -506,59 +370,21 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Lets glibc keep what is freed, up to 1 GiB, instead of giving it back to the system page by
     page and asking for it again in the next update, which took a tenth of the time on a CPU."""
-    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 32 << 20)
-        mallopt(trim_threshold, 1 << 30)
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD of malloc.h
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def place(data: Data, device: torch.device, mode: str = "auto") -> Data:
-    """The data with its images in the device's memory ("on"), where they are ("off"), or in the
-    device's memory where they take at most a quarter of what is free there ("auto").
-
-    Images that stay behind, in memory or in a file's map, go to the device batch by batch. On the
-    CPU "on" reads maps into memory and "auto" is "off". Labels stay on the CPU.
-    """
-    images = {k: v for k, v in data._asdict().items() if v is not None and k in IMAGE_FIELDS}
-    if mode == "auto" and device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        mode = "on" if sum(t.numel() for t in images.values()) <= free / 4 else "off"
-    if mode != "on":
+def place(data: Data, device: torch.device) -> Data:
+    """The data with their images in the memory of a CUDA device, where they take at most a quarter
+    of what is free there. Otherwise they stay, and go there batch by batch. Labels always stay."""
+    fields = ("train", "test", "unlabelled")
+    images = {field: getattr(data, field) for field in fields if getattr(data, field) is not None}
+    size = sum(t.numel() for t in images.values())
+    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 4:
         return data
-    return data._replace(**{k: v.to(device, copy=True) for k, v in images.items()})
-
-
-def first_images(data: Data, n: int | None) -> Data:
-    """The data with the first `n` training images (and unlabelled ones) only, all where None."""
-    if n is None:
-        return data
-    if n > len(data.to_train_on):
-        raise UserError(f"--train-images {n}: there are {len(data.to_train_on):,}")
-
-    def first(images: Tensor | None) -> Tensor | None:
-        if images is None:
-            return None
-        part = images[:n]
-        if hasattr(images, "pages"):
-            part.pages = images.pages  # for `take`
-        return part
-
-    labels = None if data.train_labels is None else data.train_labels[:n]
-    return data._replace(
-        train=first(data.train), train_labels=labels, unlabelled=first(data.unlabelled)
-    )
-
-
-def thresholded(data: Data) -> Data:
-    """The data with its grey images in black and white, 255 where a pixel is above 127, else 0: a
-    binarisation that leaves no noise to explain."""
-    images = {k: v for k, v in data._asdict().items() if v is not None and k in IMAGE_FIELDS}
-    return data._replace(**{k: (v > 127).to(torch.uint8) * 255 for k, v in images.items()})
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches
+    return data._replace(**{field: t.to(device) for field, t in images.items()})
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -568,46 +394,26 @@ def to_unit(images: Tensor) -> Tensor:
 
 def binarize(images: Tensor) -> Tensor:
     """A fresh binary image, float32 0 or 1, each pixel 1 with probability value/255."""
-    noise = torch.rand(images.shape, device=images.device)
-    return (noise < to_unit(images)).float()
+    return (torch.rand(images.shape, device=images.device) < to_unit(images)).float()
 
 
-def observed(images: Tensor) -> Tensor:
-    """What a model is to explain of uint8 images (B, C, H, W), float32 in [0, 1].
-
-    Grey images (C = 1) are binarised afresh, colour images keep their 8-bit values.
-    """
+def to_input(images: Tensor) -> Tensor:
+    """What a model is to explain of uint8 images (B, C, H, W): grey ones (C = 1) binarised afresh,
+    colour ones as they are, float32 in [0, 1]."""
     return binarize(images) if images.shape[1] == 1 else to_unit(images)
 
 
 def shuffled(images: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """The batches of an epoch as index tensors, the last one smaller.
-
-    A function of seed and epoch alone, so that a run can go on in the middle of an epoch.
-    """
+    """The batches of an epoch as index tensors, the last one smaller. They depend on seed and epoch
+    alone, so that a run can go on in the middle of an epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(images), generator=generator).to(images.device)
     return list(order.split(batch_size))
 
 
-def take(images: Tensor, rows: Tensor | slice, device: torch.device) -> Tensor:
-    """A batch of the images on the device.
-
-    What it read of a memory map does not stay in the process's memory: a run on a file of any size
-    needs no more than its batches, and the system keeps of the file what it has room for.
-    """
-    batch = images[rows]
-    if hasattr(images, "pages") and hasattr(mmap, "MADV_DONTNEED"):
-        images.pages.madvise(mmap.MADV_DONTNEED)
-    return batch.to(device)
-
-
-def in_order(
-    images: Tensor, device: torch.device, pixels: int = 512 * 28 * 28, first: int = 0, of: int = 1
-) -> Iterator[tuple[int, Tensor]]:
-    """Images (N, ...) on the device, in batches of about so many values: 512 of 28x28. Yields the
-    number of a batch's first image, and the batch. Every batch once, or from number `first` on
-    every `of`-th."""
+def in_order(images: Tensor, device: torch.device, pixels: int = 401_408) -> Iterator[tuple]:
+    """Images (N, ...) on the device, in batches of about so many values, by default 512 of 28x28.
+    Yields the number of a batch's first image, and the batch."""
     size = max(1, pixels // images[0].numel())
-    for start in range(first * size, len(images), of * size):
-        yield start, take(images, slice(start, start + size), device)
+    for start in range(0, len(images), size):
+        yield start, images[start : start + size].to(device)
