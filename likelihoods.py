@@ -113,8 +113,9 @@ class LogisticMixture(Distribution):
 
     def _image(self, pixels: Tensor) -> Tensor:
         """(B, C, N) in [-1, 1] to (B, C, H, W) in [0, 1]."""
-        return F.pixel_shuffle(pixels.view(len(pixels), -1, *self.raw.shape[2:]) / 2 + 0.5,
-                               self.patch)  # fmt: skip
+        return (
+            F.pixel_shuffle(pixels.view(len(pixels), -1, *self.raw.shape[2:]), self.patch) / 2 + 0.5
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -145,10 +146,10 @@ class LogisticMixture(Distribution):
 
 
 class InChunks(torch.autograd.Function):
-    """function(a, b) for a few rows at a time, its gradient with respect to a taken at once.
+    """function(a, b), one number a row, for a few rows at a time; differentiable in a, once.
 
-    For a function that gives one number a row. What it computes on the way stays in the cache and
-    is not kept for the backward pass, which makes it up to twice as fast on a CPU.
+    The gradient is taken at once, so that all intermediate values stay in the cache: up to twice
+    as fast on a CPU.
     """
 
     @staticmethod
@@ -163,15 +164,9 @@ class InChunks(torch.autograd.Function):
                     gradient[start : start + rows] = torch.autograd.grad(value.sum(), part)[0]
             values.append(value.detach())
         ctx.save_for_backward(gradient)
-        ctx.rows = rows
         return torch.cat(values)
 
     @staticmethod
     def backward(ctx, by_value: Tensor) -> tuple[None, None, Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        by_value = by_value.view(-1, *[1] * (gradient.dim() - 1))
-        scaled = torch.empty_like(gradient)
-        parts = zip(*(t.split(ctx.rows) for t in (gradient, by_value, scaled)), strict=True)
-        for part, factor, out in parts:
-            torch.mul(part, factor, out=out)
-        return None, None, scaled, None
+        return None, None, gradient * by_value.view(-1, *[1] * (gradient.dim() - 1)), None

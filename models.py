@@ -1,21 +1,15 @@
-"""Hierarchical VAEs whose inference goes level by level, and the baselines.
+"""Hierarchical VAEs whose inference goes level by level: HVAE (bottom-up) and LVAE (top-down).
 
 Levels are 0-based in code and always listed bottom to top: level 0 is the paper's z_1, next to the
-pixels, level L-1 is z_L. What an ELBO and the evaluation need of a model:
+pixels, level L-1 is z_L. rewards.py asks four names of a model:
 
     levels             L
-    infer(x)           posteriors, priors and latents of all levels, bottom to top
-    generate(latents)  p(x | z); levels from the lowest up that are None come from their priors
+    order              the levels in the order in which they are inferred, a tuple
+    infer(x)           posteriors, priors and latents of all levels, bottom to top, see Inference
+    decode(starts)     p(x | z_l) of any set of levels along their skip paths, in one descent
 
-`HVAE` and `LVAE` are Markov, given z_l nothing above it reaches x, and offer more, which is what
-reinforcement learning needs (see rewards.py):
-
-    order              the levels in the order in which they are inferred
-    decode(starts)     any set of levels to the pixels along their skip paths, in one descent
-
-Each architecture is `Network` or `Hierarchy` and one class: to understand one, read those and none
-of the others. Distributions are torch.distributions with one batch dimension: log_prob and
-kl_divergence are per image, in nats. For p(x | z) see likelihoods.py.
+To understand an architecture, read `Network`, `Hierarchy` and its own class. Distributions are
+torch.distributions with one batch dimension: log_prob and kl_divergence are per image, in nats.
 """
 
 import math
@@ -48,8 +42,7 @@ class Config(NamedTuple):
     mean_field: bool = False  # of lvae: posteriors do not see the sample above
 
 
-# Colour images of more than 48 pixels a side take "large".
-PRESETS = {
+PRESETS = {  # size, then kind of image: "large" are colour images of more than 48 pixels a side
     "paper": {
         "grey": dict(
             channels=64, kernels=(5, 3, 3, 3, 3), strides=(2, 2, 1, 1, 1), blocks=3, patch=1,
@@ -74,14 +67,12 @@ PRESETS = {
 PRESETS["paper"]["large"] = PRESETS["paper"]["colour"]
 PRESETS["small"]["large"] = PRESETS["small"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
 PRESETS["best"] = {"grey": PRESETS["small"]["grey"] | dict(channels=64)}
-MAX_LEVELS = 10
 ARCHS = ("vae", "aae", "hvae", "lvae", "biva")
 ONE_LEVEL = ("vae", "aae")
 
 
 def preset(size: str, image: tuple[int, int, int]) -> dict:
-    """The row of PRESETS for a size and a kind of image (channels, height, width); ValueError where
-    there is none."""
+    """The row of PRESETS for a kind of image (channels, height, width). Raises ValueError."""
     kind = "grey" if image[0] == 1 else "colour" if image[1] <= 48 else "large"
     if kind not in PRESETS[size]:
         raise ValueError(f"--size {size} is for grey images: take small or paper for colour")
@@ -89,7 +80,7 @@ def preset(size: str, image: tuple[int, int, int]) -> dict:
 
 
 def latent_names(levels: int, grey: bool, preset_names: tuple[str, ...]) -> tuple[str, ...]:
-    """The latents of a hierarchy of any depth, bottom to top, where no one names them.
+    """The latents of a hierarchy of any depth, bottom to top.
 
     Grey: 8 at the top, doubling downwards and staying at 128. Colour: the preset's, counted from
     the top, its lowest repeated below.
@@ -97,7 +88,7 @@ def latent_names(levels: int, grey: bool, preset_names: tuple[str, ...]) -> tupl
     if levels == len(preset_names):
         return preset_names
     if grey:
-        return tuple(str(min(128, 8 * 2**i)) for i in reversed(range(max(levels, 0))))
+        return tuple(str(min(128, 8 * 2**i)) for i in reversed(range(levels)))
     missing = levels - len(preset_names)
     return preset_names[:1] * missing + preset_names[max(0, -missing) :]
 
@@ -113,33 +104,31 @@ def configure(
 ) -> Config:
     """The configuration of one of ARCHS at a preset size for a kind of image.
 
-    `latents` ("8c,64,32,16,8", bottom to top) overrides the preset's, `levels` gives those of
-    `latent_names`. Those of ONE_LEVEL have the preset's top one.
-    Raises ValueError, with a message for the user, for what cannot be built.
+    `latents` ("8c,64,32,16,8", bottom to top) overrides the preset's; `levels` takes those of
+    `latent_names`. Raises ValueError, with a message for the user, for what cannot be built.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"unknown architecture {arch!r}: choose {', '.join(ARCHS)}")
-    if size not in PRESETS:
-        raise ValueError(f"unknown size {size!r}: choose {', '.join(PRESETS)}")
     row = preset(size, image)
     if latents is not None:
         names = tuple(part.strip() for part in latents.split(","))
         if levels not in (None, len(names)):
             raise ValueError(f"latents {latents!r} name {len(names)} levels, not {levels}")
     else:
-        if levels is None:
-            levels = 1 if arch in ONE_LEVEL else len(row["latents"])
-        names = latent_names(levels, image[0] == 1, row["latents"])
-    if mean_field and arch != "lvae":
-        raise ValueError(f"--mean-field is for lvae, whose merge it leaves out, not for {arch}")
-    if not 1 <= len(names) <= MAX_LEVELS:
-        raise ValueError(f"{len(names)} levels: a hierarchy has 1 to {MAX_LEVELS}")
-    if arch in ONE_LEVEL and len(names) != 1:
-        raise ValueError(f"{arch} has one level, not {len(names)}: use hvae, lvae or biva")
+        usual = 1 if arch in ONE_LEVEL else len(row["latents"])
+        names = latent_names(usual if levels is None else levels, image[0] == 1, row["latents"])
+    per_level = [  # beyond the preset's levels as its last
+        tuple(row[key][min(i, len(row[key]) - 1)] for i in range(len(names)))
+        for key in ("kernels", "strides")
+    ]
     for name in names:
         digits = name.removesuffix("c")
         if not (digits.isascii() and digits.isdigit() and int(digits) > 0):
             raise ValueError(f"latent {name!r} is not understood: write 8 (dense) or 8c (maps)")
+    if not 1 <= len(names) <= 10:
+        raise ValueError(f"{len(names)} levels: a hierarchy has 1 to 10")
+    if arch in ONE_LEVEL and len(names) != 1:
+        raise ValueError(f"{arch} has one level, not {len(names)}: use hvae, lvae or biva")
+    if mean_field and arch != "lvae":
+        raise ValueError(f"--mean-field is for lvae, whose merge it leaves out, not for {arch}")
     if channels is not None and channels < 1:
         raise ValueError(f"{channels} channels: there must be at least 1")
     if image[1] != image[2] or image[1] % row["patch"]:
@@ -147,26 +136,17 @@ def configure(
             f"images of {image[1]}x{image[2]}: --size {size} takes squares whose side is a "
             f"multiple of {row['patch']}"
         )
-
-    def per_level(values: tuple[int, ...]) -> tuple[int, ...]:  # beyond the preset, as its last
-        return tuple(values[min(i, len(values) - 1)] for i in range(len(names)))
-
     return Config(
         arch="hvae" if arch == "vae" else arch,  # at one level the two are the same model
         image=tuple(image),
         latents=names,
         channels=channels or row["channels"],
-        kernels=per_level(row["kernels"]),
-        strides=per_level(row["strides"]),
+        kernels=per_level[0],
+        strides=per_level[1],
         blocks=row["blocks"],
         patch=row["patch"],
         mean_field=mean_field,
     )
-
-
-def build(config: Config) -> "Network":
-    """The model of a configuration, default initialisation, on the CPU in float32."""
-    return {"hvae": HVAE, "lvae": LVAE, "biva": BIVA, "aae": AAE}[config.arch](config)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,9 +179,7 @@ class Residual(nn.Module):
             x = F.interpolate(x, size=(self.size, self.size))
         out = self.second(F.relu(self.first(F.relu(x)), inplace=True))
         if self.stride > 1:
-            # There is no padding to count, but unless told so, compiled gradients of the last row
-            # and column come out wrong where the size is odd (pytorch/pytorch#198119).
-            x = F.avg_pool2d(x, self.stride, ceil_mode=True, count_include_pad=False)
+            x = F.avg_pool2d(x, self.stride, ceil_mode=True)
         return x + out
 
 
@@ -254,8 +232,8 @@ class Merge(nn.Module):
         self.mix = conv(2 * channels, channels, 1)
         self.block = Residual(channels, kernel)
 
-    def forward(self, of_x: Tensor, of_sample: Tensor) -> Tensor:
-        return self.block(self.mix(F.relu(torch.cat([of_x, of_sample], dim=1), inplace=True)))
+    def forward(self, features: Tensor, sample: Tensor) -> Tensor:
+        return self.block(self.mix(F.relu(torch.cat([features, sample], dim=1), inplace=True)))
 
 
 def gaussian(mean: Tensor, scale: Tensor) -> Independent:
@@ -280,7 +258,12 @@ class Inference(NamedTuple):
 class Network(nn.Module):
     """Resolutions, the features of x, and the way from the lowest features to the pixels.
 
-    Subclasses add posteriors and priors: `infer` and `generate`.
+    Subclasses add
+    infer(x, sample=True)             -> Inference of x (B, C, H, W) with values in [0, 1]. Latents
+        are reparameterised samples or, with sample=False, posterior means, each given the means of
+        the levels it is conditioned on: the representation of x.
+    generate(latents, skip="mean")    -> p(x | z) over (B, C, H, W). Levels from the lowest up that
+        are None take the means of their priors, or one sample of each (skip="sample").
     """
 
     def __init__(self, config: Config):
@@ -296,13 +279,11 @@ class Network(nn.Module):
             dims = int(name.removesuffix("c"))
             self.latent_shapes.append((dims, size, size) if name.endswith("c") else (dims,))
 
-        self.stem = nn.Conv2d(
-            depth,
-            channels,
-            kernel_size=config.patch if config.patch > 1 else config.kernels[0],
-            stride=config.patch,
-            padding=0 if config.patch > 1 else config.kernels[0] // 2,
-        )
+        patch, kernel = config.patch, config.kernels[0]
+        if patch > 1:
+            self.stem = nn.Conv2d(depth, channels, patch, stride=patch)
+        else:
+            self.stem = nn.Conv2d(depth, channels, kernel, padding=kernel // 2)
         # Features of x below level l to those at level l.
         self.encoder = nn.ModuleList(
             nn.Sequential(
@@ -343,19 +324,6 @@ class Network(nn.Module):
         top = self.top_prior().expand((n,)).sample()
         return self.generate([None] * (self.levels - 1) + [top], skip="sample")
 
-    def infer(self, x: Tensor, sample: bool = True) -> Inference:
-        """Posteriors, priors and latents of x (B, C, H, W) with values in [0, 1].
-
-        Latents are reparameterised samples; with `sample=False` they are the posterior means,
-        each given the means of the levels it is conditioned on: the representation of x.
-        """
-        raise NotImplementedError
-
-    def generate(self, latents: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
-        """p(x | z) over (B, C, H, W). Of the levels, those from the lowest up may be None: they are
-        the means of their priors (`skip="mean"`) or one sample of each ("sample")."""
-        raise NotImplementedError
-
 
 def through(prior: Independent, skip: str) -> Tensor:
     """What a skip path takes from a prior on its way down: the mean, or one sample."""
@@ -371,10 +339,11 @@ def through(prior: Independent, skip: str) -> Tensor:
 class Hierarchy(Network):
     """The generative model of HVAE and LVAE: p(x|z_1) p(z_1|z_2) ... p(z_L).
 
-    It is Markov: given z_l nothing above it reaches x, which is what makes p(x|z_l) a skip path.
+    It is Markov: given z_l nothing above it reaches x, which is what makes p(x|z_l) of Eq. 24 a skip
+    path.
     """
 
-    order: tuple[int, ...]  # in which the levels are inferred
+    order: tuple[int, ...]  # of the levels in inference, Eq. 3
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -398,10 +367,6 @@ class Hierarchy(Network):
         """p(z_l | z_{l+1} = above); at the top N(0, I) with batch size 1, `above` unused."""
         return self.top_down(level, above)[1]
 
-    def likelihood(self, z: Tensor) -> Distribution:
-        """p(x | z_1 = z) over (B, C, H, W)."""
-        return self.pixels(self.decoder[0](z))
-
     def decode(self, starts: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
         """p(x | z_l) along the skip path of every start, all paths in one descent.
 
@@ -417,20 +382,21 @@ class Hierarchy(Network):
                 rows = through(self.prior(level - 1, rows), skip)
         if rows is None:
             raise ValueError("decode: every start is None")
-        return self.likelihood(rows)
+        return self.pixels(self.decoder[0](rows))
 
     def generate(self, latents: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
         """See Network. Being Markov, it is the skip path of the lowest level given."""
-        lowest = next((level for level, z in enumerate(latents) if z is not None), None)
-        if lowest is None:
-            raise ValueError("generate: every latent is None")
-        return self.decode(
-            [z if level == lowest else None for level, z in enumerate(latents)], skip
-        )
+        lowest = next(level for level, z in enumerate(latents) if z is not None)
+        starts = [z if level == lowest else None for level, z in enumerate(latents)]
+        return self.decode(starts, skip)
 
 
 class HVAE(Hierarchy):
-    """Bottom-up inference (Eq. 1): q(z_1|x), then q(z_l|z_{l-1}, x) upwards."""
+    """Bottom-up inference (Eq. 1): q(z_1|x), then q(z_l|z_{l-1}, x) upwards.
+
+    In the paper's terms each level is a step: from the state of x and the samples so far (Eq. 20)
+    the posterior (Eq. 21) draws a sample (Eq. 22), which joins the state (Eq. 23).
+    """
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -458,7 +424,7 @@ class HVAE(Hierarchy):
 
 
 class LVAE(Hierarchy):
-    """Top-down inference (Eq. 2): q(z_L|x), then q(z_l|z_{l+1}, x) downwards.
+    """Top-down inference (Eq. 2): q(z_L|x), then q(z_l|z_{l+1}, x) downwards (Eq. 20 to 23).
 
     As in a ladder (Sønderby et al. 2016) the posterior merges the features of x with the
     generative features of the sample above, the same that give the prior. Without that merge
@@ -480,134 +446,12 @@ class LVAE(Hierarchy):
         posteriors, priors, latents = [], [], []  # top to bottom
         for level in self.order:
             h = features[level]
-            of_sample, prior = self.top_down(level, z)
-            if of_sample is not None and not self.config.mean_field:
-                h = self.merge[level](h, of_sample)
+            above, prior = self.top_down(level, z)
+            if above is not None and not self.config.mean_field:
+                h = self.merge[level](h, above)
             posterior = self.posterior_heads[level](h)
             z = posterior.rsample() if sample else posterior.mean
             posteriors.append(posterior)
             priors.append(prior)
             latents.append(z)
         return Inference(posteriors[::-1], priors[::-1], latents[::-1])
-
-
-# --------------------------------------------------------------------------------------------------
-# Baselines that are no Markov hierarchies
-
-
-class BIVA(Network):
-    """Bidirectional inference (Maaløe et al. 2019): every level but the top has two latents, z_l =
-    (z_l^BU, z_l^TD), held in one tensor, first the one and then the other.
-
-    p(x, z) = p(x|z_1..z_L) prod p(z_l^BU|z_>l) p(z_l^TD|z_>l) p(z_L)
-    q(z|x) = q(z_L|x, z_<L^BU) prod q(z_l^BU|x, z_<l^BU) q(z_l^TD|x, z_<l^BU, z_>l)
-
-    Deterministic features that go up past the z^BU carry x and all of these below, deterministic
-    features that go down past the z_l carry all latents above: its skip connections. So no level
-    reaches x alone, and reinforcement learning's skip paths are not defined.
-    """
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        channels, shapes, sizes = config.channels, self.latent_shapes, self.sizes[1:]
-        self.latent_shapes = [(2 * d, *maps) for d, *maps in shapes[:-1]] + shapes[-1:]
-        # Upwards, for q(z_l^BU) and q(z_L).
-        self.up_heads = nn.ModuleList(
-            ToGaussian(channels, size, shape) for size, shape in zip(sizes, shapes, strict=True)
-        )
-        self.up_embed, self.up_merge = nn.ModuleList(), nn.ModuleList()  # z_l^BU into the features
-        # Downwards: z_l into the features, these to the level below, p(z_l) and q(z_l^TD) of them.
-        self.down_embed, self.down_merge = nn.ModuleList(), nn.ModuleList()
-        self.decoder, self.prior_heads = nn.ModuleList(), nn.ModuleList()
-        self.posterior_merge, self.down_heads = nn.ModuleList(), nn.ModuleList()
-        for level, kernel in enumerate(config.kernels):
-            size, shape, both = sizes[level], shapes[level], self.latent_shapes[level]
-            self.down_embed.append(FromLatent(both, channels, size))
-            self.decoder.append(nn.Sequential(*self.going_down(level)))
-            if level < self.levels - 1:
-                self.up_embed.append(FromLatent(shape, channels, size))
-                self.up_merge.append(Merge(channels, kernel))
-                self.down_merge.append(Merge(channels, kernel))
-                self.prior_heads.append(ToGaussian(channels, size, both))
-                self.posterior_merge.append(Merge(channels, kernel))
-                self.down_heads.append(ToGaussian(channels, size, shape))
-
-    def down(self, level: int, features: Tensor | None, z: Tensor) -> Tensor:
-        """Features of all levels above `level`, and z_l, to the features at the level below."""
-        h = self.down_embed[level](z)
-        if features is not None:
-            h = self.down_merge[level](features, h)
-        return self.decoder[level](h)
-
-    def infer(self, x: Tensor, sample: bool = True) -> Inference:
-        h = laid_out(self.stem(x))
-        of_x, up, z_up = [], [], []
-        for level in range(self.levels):
-            if level > 0:
-                h = self.up_merge[level - 1](h, self.up_embed[level - 1](z_up[-1]))
-            h = self.encoder[level](h)
-            of_x.append(h)
-            up.append(self.up_heads[level](h))
-            z_up.append(up[-1].rsample() if sample else up[-1].mean)
-
-        posteriors, priors, latents, above = [up[-1]], [self.top_prior()], [z_up[-1]], None
-        for level in reversed(range(self.levels - 1)):
-            above = self.down(level + 1, above, latents[-1])
-            down = self.down_heads[level](self.posterior_merge[level](of_x[level], above))
-            z_down = down.rsample() if sample else down.mean
-            mean, scale = (
-                torch.cat([getattr(q.base_dist, name) for q in (up[level], down)], dim=1)
-                for name in ("loc", "scale")
-            )
-            posteriors.append(gaussian(mean, scale))
-            priors.append(self.prior_heads[level](above))
-            latents.append(torch.cat([z_up[level], z_down], dim=1))
-        pixels = self.pixels(self.down(0, above, latents[-1]))
-        return Inference(posteriors[::-1], priors[::-1], latents[::-1], pixels)
-
-    def generate(self, latents: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
-        if latents[-1] is None:
-            raise ValueError("generate: the top latent is None")
-        above = None
-        for level in reversed(range(self.levels)):
-            z = latents[level]
-            if z is None:
-                z = through(self.prior_heads[level](above), skip)
-            above = self.down(level, above, z)
-        return self.pixels(above)
-
-
-class AAE(Hierarchy):
-    """Adversarial autoencoder (Makhzani et al. 2015): one level, whose posteriors together a
-    discriminator keeps at the prior, instead of the KL each of them.
-
-    q(z|x) is Gaussian, the second of the three encoders of that paper, so that KL, ELBO and mutual
-    information are defined of it as of the others, though nothing trains the first two.
-    """
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        self.order = (0,)
-        self.head = ToGaussian(config.channels, self.sizes[1], self.latent_shapes[0])
-        width = 256
-        self.discriminator = nn.Sequential(  # z to the log odds that it is of the prior
-            nn.Flatten(),
-            nn.Linear(math.prod(self.latent_shapes[0]), width),
-            nn.LeakyReLU(0.2),
-            nn.Linear(width, width),
-            nn.LeakyReLU(0.2),
-            nn.Linear(width, 1),
-            nn.Flatten(0),
-        )
-
-    def phases(self) -> list[list[nn.Parameter]]:
-        """What each of its three losses moves, in their order in rewards.py: the autoencoder, the
-        discriminator, the encoder."""
-        encoder = [p for part in (self.stem, self.encoder, self.head) for p in part.parameters()]
-        decoder = [p for part in (self.decoder, self.to_pixels) for p in part.parameters()]
-        return [encoder + decoder, list(self.discriminator.parameters()), encoder]
-
-    def infer(self, x: Tensor, sample: bool = True) -> Inference:
-        posterior = self.head(self.features(x)[-1])
-        z = posterior.rsample() if sample else posterior.mean
-        return Inference([posterior], [self.top_prior()], [z])

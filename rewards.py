@@ -1,23 +1,21 @@
-"""Objectives for hierarchical VAEs: the ELBO, the skip-generative reward with its Q-value, and
-those of the baselines.
+"""The ELBO, the skip-generative reward with its Q-value, and the losses that ascend them.
 
     An, Li, et al.: Improving Unsupervised Hierarchical Representation with Reinforcement Learning,
     CVPR 2024. Equation numbers are the paper's.
 
-A model is anything with `levels`, `infer(x)` and `generate(latents)` as models.py describes them,
-and for what has skip paths `order` and `decode(starts, skip)`; nothing here asks which architecture
-it is. Steps t count from 0 in the order of inference: step t infers level order[t]. Values are per
-image, in nats, to be maximised; the `*_loss` functions give what an optimiser minimises.
+A model is anything with four names, which models.py describes: `levels`, `order` (the levels in the
+order of inference), `infer(x)` and `decode(starts, skip)`. Levels and steps count from 0; step t
+infers level order[t]. Values are per image, in nats, to be maximised; losses are to be minimised.
 """
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Distribution, Normal, kl_divergence
+from torch.distributions import kl_divergence
 
 
 class Loss(NamedTuple):
@@ -25,64 +23,36 @@ class Loss(NamedTuple):
     kl: Tensor  # (L,) mean over the batch of each level's KL, bottom to top, unweighted, detached
 
 
-class Share:
-    """For a batch that several processes hold: x is every `of`-th of its `whole` images, from
-    number `first` on. The mean of the losses of all shares, weighted by their sizes, is the loss of
-    the batch; `mean` is what has to know the other shares for that, parallel.py gives it."""
-
-    def __init__(self, whole: int, first: int = 0, of: int = 1):
-        self.whole, self.first, self.of = whole, first, of
-
-    def rows(self, start: int, stop: int) -> slice:
-        """Where this share holds its part of the batch's images `start` to `stop`."""
-        return slice(*(max(0, -(-(end - self.first) // self.of)) for end in (start, stop)))
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the batch of values (..., B) of this share's images."""
-        return values.mean(dim=-1)
+# --------------------------------------------------------------------------------------------------
+# The terms
 
 
 def level_kl(inference) -> Tensor:
-    """(L, B): KL of each level's posterior from its prior given the sample above.
+    """(L, B): KL of each level's posterior from its prior given the sample above (Eq. 5 and 6),
+    0 where the level has collapsed (Eq. 7).
 
-    Where that sample was inferred from the level's own, as bottom-up, how the two vary together is
-    not seen: the sum of these may come out on either side of what `log_ratios` has in the mean.
+    Bottom-up, that sample was inferred from the level's own. The closed form does not see how the
+    two vary together, so its sum may differ from the mean of `log_ratios` either way.
     """
     pairs = zip(inference.posteriors, inference.priors, strict=True)
-    return torch.stack([divergence(q, p) for q, p in pairs])
+    return torch.stack([kl_divergence(posterior, prior) for posterior, prior in pairs])
 
 
 def log_ratios(inference) -> Tensor:
-    """(L, B): log q(z_l) - log p(z_l) of the samples inferred. In the mean over samples their sum
-    is the KL of all latents together (Eq. 4), in whatever order these are inferred."""
+    """(L, B): log q(z_l) - log p(z_l) of the samples. In the mean over samples their sum is the KL
+    of all latents together (Eq. 4), whatever the order of inference."""
     inferred = zip(inference.posteriors, inference.priors, inference.latents, strict=True)
     return torch.stack([q.log_prob(z) - p.log_prob(z) for q, p, z in inferred])
 
 
-def divergence(q: Distribution, p: Distribution) -> Tensor:
-    """(B,): KL(q || p). For diagonal Gaussians by hand: PyTorch looks its formula up in a way that
-    cannot be compiled."""
-    gaussian = all(isinstance(getattr(d, "base_dist", None), Normal) for d in (q, p))
-    if not gaussian:
-        return kl_divergence(q, p)
-    (mean, scale), (prior_mean, prior_scale) = (
-        (d.base_dist.loc, d.base_dist.scale) for d in (q, p)
-    )
-    squared_ratio = (scale / prior_scale).square()
-    distance = ((mean - prior_mean) / prior_scale).square()
-    return 0.5 * (squared_ratio + distance - 1 - squared_ratio.log()).flatten(1).sum(1)
-
-
-def weigh_kl(
-    kl: Tensor, beta: float = 1.0, free_bits: float = 0.0, share: Share | None = None
-) -> Tensor:
+def weigh_kl(kl: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
     """(L, B) KL as the objective counts it: beta max(free_bits, KL).
 
-    Free bits are nats a level (Kingma et al. 2016): while a level's mean over the batch is below,
+    Free bits are nats a level (Kingma et al. 2016). While a level's mean over the batch is below,
     it counts as that constant and has no gradient.
     """
     if free_bits > 0:
-        mean = (share or Share(kl.shape[1])).mean(kl.detach()).unsqueeze(1)
+        mean = kl.detach().mean(dim=1, keepdim=True)
         kl = torch.where(mean < free_bits, free_bits, kl)
     return beta * kl
 
@@ -90,109 +60,141 @@ def weigh_kl(
 def reconstruction(model, x: Tensor, inference) -> Tensor:
     """(B,): log p(x|z) given all latents inferred."""
     pixels = inference.pixels
-    return (model.generate(inference.latents) if pixels is None else pixels).log_prob(x)
+    if pixels is None:  # given z_1 nothing above it reaches x
+        pixels = model.decode([inference.latents[0], *[None] * (model.levels - 1)])
+    return pixels.log_prob(x)
 
 
-def skip_log_likelihood(model, x: Tensor, inference, rows: list, skip: str = "mean") -> Tensor:
-    """log p(x|z_l) by the skip path of each level's posterior sample, Eq. 24's first term.
+def skip_paths(
+    model, x: Tensor, inference, paths: Sequence[slice | None], skip: str = "mean"
+) -> list[Tensor | None]:
+    """log p(x|z_l) down the skip path of each level's posterior sample: Eq. 24's first term.
 
-    `rows[l]` are the images whose level l is decoded, `slice(None)` for all, None for none. Returns
-    one row a path, the lowest level's first.
+    `paths[l]` are the images whose level l is decoded: `slice(None)` for all, None for none. The
+    path takes the means of the priors below it (`skip="mean"`) or a sample of each ("sample").
 
-    The first step of a path, the prior of the level below, is what the KL needs too and stands in
-    `inference` already; the rest of all paths is one batched descent.
+    All paths go down in one batch. The first step of each, the prior of the level below, is what
+    the KL needs too and stands in `inference` already.
     """
     if skip not in ("mean", "sample"):
         raise ValueError(f"unknown skip {skip!r}: choose mean or sample")
     starts: list[list[Tensor]] = [[] for _ in range(model.levels)]
-    for level, selected in enumerate(rows):
-        if selected is None:
+    for level, images in enumerate(paths):
+        if images is None:
             continue
         if level == 0:
-            starts[0].append(inference.latents[0][selected])
+            starts[0].append(inference.latents[0][images])
         else:
             prior = inference.priors[level - 1]
             z = prior.mean if skip == "mean" else prior.rsample()
-            starts[level - 1].append(z[selected])
+            starts[level - 1].append(z[images])
     pixels = model.decode([torch.cat(s) if s else None for s in starts], skip)
-    return pixels.log_prob(torch.cat([x[s] for s in rows if s is not None]))
+    targets = [x[images] for images in paths if images is not None]  # the lowest level's first
+    values = iter(pixels.log_prob(torch.cat(targets)).split([len(t) for t in targets]))
+    return [None if images is None else next(values) for images in paths]
 
 
 def rewards(
-    model, x: Tensor, inference, kl: Tensor, start: int = 0, skip: str = "mean", **kl_terms
-) -> Tensor:
-    """(T - start, B): the rewards r_t of steps `start` to the last, Eq. 24.
+    model,
+    x: Tensor,
+    inference,
+    kl: Tensor,
+    start: int = 0,
+    skip: str = "mean",
+    pay: str = "inferred",
+    paths: Sequence[slice | None] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Eq. 24, r_t = log p(x|z^t) - sum_{s<=t} KL_s, as its two terms `decoded` and `paid`.
 
-    r_t = log p(x|z^t) - sum_{s<=t} KL_s. `kl` is `level_kl(inference)`, `kl_terms` are what
-    `paid` takes beside it.
-    """
-    order = list(model.order)
-    wanted = order[start:]
-    rows = [slice(None) if level in wanted else None for level in range(model.levels)]
-    log_px = skip_log_likelihood(model, x, inference, rows, skip).view(len(wanted), -1)
-    position = {level: i for i, level in enumerate(sorted(wanted))}
-    log_px = torch.stack([log_px[position[level]] for level in wanted])
-    return log_px - paid(model, kl, **kl_terms)[start:]
-
-
-def paid(model, kl: Tensor, pay: str = "inferred", **kl_terms) -> Tensor:
-    """(T, B): what the reward of each step pays, the KL of all levels inferred until then (Eq. 24),
-    or with `pay="own"` that of its own level alone. Bottom-up the levels below, whose samples the
-    step's path does not use, then cost it nothing; top-down those above, through which it went,
-    are paid once instead of by every later step.
-    `kl_terms` are what `weigh_kl` takes beside the KL.
+    `decoded` has one tensor a step from `start` on, (B,), or with `paths` (see `skip_paths`) of
+    that many images. `paid` is (T - start, B), from the (weighted) `kl` (L, B) of all levels
+    inferred until then. With `pay="own"` a step pays the KL of its own level alone.
     """
     if pay not in ("inferred", "own"):
         raise ValueError(f"unknown pay {pay!r}: choose inferred or own")
-    kl = weigh_kl(kl, **kl_terms)
-    in_order = torch.stack([kl[level] for level in model.order])
-    return in_order.cumsum(dim=0) if pay == "inferred" else in_order
-
-
-def q_value(rewards: Tensor, gamma: float) -> Tensor:
-    """(B,): Q_t = sum_{i>=t} gamma^(i-t) r_i (Eq. 26) from the rewards (T-t, B) of steps t on."""
-    return sum(gamma**i * reward for i, reward in enumerate(rewards))
+    steps = model.order[start:]
+    if paths is None:
+        paths = [slice(None) if level in steps else None for level in range(model.levels)]
+    log_px = skip_paths(model, x, inference, paths, skip)
+    decoded = [log_px[level] for level in steps]
+    paid = torch.stack([kl[level] for level in model.order])
+    return decoded, (paid.cumsum(dim=0) if pay == "inferred" else paid)[start:]
 
 
 def path_weights(steps: int, gamma: float) -> list[float]:
-    """w_i with sum_t Q_t = sum_i w_i r_i: w_i = sum_{t<=i} gamma^(i-t)."""
+    """w_i with sum_t Q_t = sum_i w_i r_i (Eq. 28): w_i = sum_{t<=i} gamma^(i-t)."""
     return [sum(gamma**k for k in range(i + 1)) for i in range(steps)]
 
 
+def q_value(rewards: Sequence[Tensor], gamma: float, summed: bool = False) -> Tensor:
+    """(B,): Q_t = sum_{i>=t} gamma^(i-t) r_i (Eq. 26) from the rewards (T-t, B) of steps t on.
+
+    With `summed`, from the rewards of all steps, sum_t Q_t (Eq. 28).
+    """
+    steps = len(rewards)
+    weights = path_weights(steps, gamma) if summed else [gamma**i for i in range(steps)]
+    return sum(w * reward for w, reward in zip(weights, rewards, strict=True))
+
+
 # --------------------------------------------------------------------------------------------------
-# Losses: functions of the model and a batch x (B, C, H, W)
+# Losses of a batch x (B, C, H, W)
 
 
-def elbo(model, x: Tensor, **kl_terms) -> tuple[Tensor, Tensor]:
-    """(B,) evidence lower bound (Eq. 5 and 6) with one sample, and the KL of each level (L, B)."""
+def elbo_loss(model, x: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Loss:
+    """Minus the evidence lower bound (Eq. 5 and 6), with one sample."""
     inference = model.infer(x)
     kl = level_kl(inference)
-    return reconstruction(model, x, inference) - weigh_kl(kl, **kl_terms).sum(dim=0), kl
-
-
-def elbo_loss(model, x: Tensor, **kl_terms) -> Loss:
-    value, kl = elbo(model, x, **kl_terms)
+    value = reconstruction(model, x, inference) - weigh_kl(kl, beta, free_bits).sum(dim=0)
     return Loss(-value.mean(), kl.detach().mean(dim=1))
 
 
-def stepwise_loss(model, x: Tensor, step: int, gamma: float, skip="mean", **kl_terms) -> Loss:
-    """-Q_step: one of the T updates that Algorithm 1 makes with a batch, each inferring afresh."""
-    inference = model.infer(x)
+def stepwise_loss(
+    model, x: Tensor, step: int, gamma: float, skip="mean", pay="inferred", beta=1.0, free_bits=0.0
+) -> Loss:
+    """-Q_step (Eq. 9): one of the T updates that Algorithm 1 makes with a batch, each inferring
+    afresh. The gradient also goes through the states before the step."""
+    inference = model.infer(x)  # Eq. 20 to 22
     kl = level_kl(inference)
-    r = rewards(model, x, inference, kl, step, skip, **kl_terms)
-    return Loss(-q_value(r, gamma).mean(), kl.detach().mean(dim=1))
+    decoded, paid = rewards(model, x, inference, weigh_kl(kl, beta, free_bits), step, skip, pay)
+    r = torch.stack(decoded) - paid  # Eq. 24
+    return Loss(-q_value(r, gamma).mean(), kl.detach().mean(dim=1))  # Eq. 26
 
 
-def joint_loss(model, x: Tensor, gamma: float, skip: str = "mean", **kl_terms) -> Loss:
+def joint_loss(
+    model, x: Tensor, gamma: float, skip="mean", pay="inferred", beta=1.0, free_bits=0.0
+) -> Loss:
     """-sum_t Q_t, the whole gradient of Eq. 28 in one update."""
     inference = model.infer(x)
     kl = level_kl(inference)
-    r = rewards(model, x, inference, kl, 0, skip, **kl_terms)
-    total = sum(w * reward for w, reward in zip(path_weights(len(r), gamma), r, strict=True))
-    return Loss(-total.mean(), kl.detach().mean(dim=1))
+    decoded, paid = rewards(model, x, inference, weigh_kl(kl, beta, free_bits), 0, skip, pay)
+    r = torch.stack(decoded) - paid  # Eq. 24
+    return Loss(-q_value(r, gamma, summed=True).mean(), kl.detach().mean(dim=1))
 
 
-def path_counts(images: int, weights: list[float]) -> list[int]:
+def sampled_loss(
+    model, x: Tensor, gamma: float, skip="mean", pay="inferred", beta=1.0, free_bits=0.0
+) -> Loss:
+    """An unbiased estimate of `joint_loss` at about the price of the ELBO: one path an image.
+
+    x has to be in random order, see `share_paths`. A batch of fewer images than levels takes all
+    paths.
+    """
+    if len(x) < model.levels:
+        return joint_loss(model, x, gamma, skip, pay, beta, free_bits)
+    steps = [model.order.index(level) for level in range(model.levels)]  # that infer z_1 ... z_L
+    weights = [path_weights(model.levels, gamma)[t] for t in steps]
+    paths = share_paths(len(x), weights)
+    inference = model.infer(x)
+    kl = level_kl(inference)
+    weighted = weigh_kl(kl, beta, free_bits)
+    decoded, paid = rewards(model, x, inference, weighted, 0, skip, pay, paths)  # Eq. 24
+    # Eq. 28 is linear in both terms: what is paid is known of every image, and what is decoded is
+    # estimated from the images on each path.
+    log_px = weighted_mean([decoded[t] for t in steps], weights, len(x))
+    return Loss(q_value(paid, gamma, summed=True).mean() - log_px, kl.detach().mean(dim=1))
+
+
+def path_counts(images: int, weights: Sequence[float]) -> list[int]:
     """How many of a batch's images go along each path: in proportion to the weights, at least 1.
 
     Raises ValueError where there are fewer images than paths.
@@ -209,97 +211,39 @@ def path_counts(images: int, weights: list[float]) -> list[int]:
     return counts
 
 
-def sampled_log_likelihood(
-    model, x: Tensor, inference, weights: list[float], share: Share, skip: str
-) -> Tensor:
-    """An estimate of sum_l weights[l] E log p(x|z_l) over a batch of which x is a share, from one
-    skip path an image: n_l images go down from level l, in proportion to its weight.
+def share_paths(images: int, weights: Sequence[float]) -> list[slice]:
+    """Which of a batch's images go down from each level, one path an image, by `path_counts`.
 
-    Which they are their order decides. It has to be random, as in every batch of `data.shuffled`:
-    then each image has the same chance of each path, and the weight times the mean over the n_l is
-    without bias. Numbers and places are fixed, and so are all shapes.
+    The order of the images decides. It has to be random, as in a shuffled batch: then each image
+    has the same chance of each path, and `weighted_mean` is without bias. All shapes are fixed.
     """
-    counts = path_counts(share.whole, weights)
-    ends = list(itertools.accumulate(counts))
-    rows = [share.rows(end - n, end) for end, n in zip(ends, counts, strict=True)]
-    log_px = skip_log_likelihood(model, x, inference, rows, skip)  # in the order of x
-    of_level = zip(weights, counts, rows, strict=True)
-    return sum(w * share.whole / n * log_px[part].sum() for w, n, part in of_level) / len(x)
+    counts = path_counts(images, weights)
+    ends = itertools.accumulate(counts)
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
-def sampled_loss(model, x: Tensor, gamma: float, skip: str = "mean", **kl_terms) -> Loss:
-    """An unbiased estimate of `joint_loss` at about the price of the ELBO: one path an image.
-
-    x has to be in random order, see `sampled_log_likelihood`. A batch smaller than the number of
-    levels takes all paths.
-    """
-    share = kl_terms.get("share") or Share(len(x))
-    if share.whole < model.levels:
-        return joint_loss(model, x, gamma, skip, **kl_terms)
-    weights, order = path_weights(model.levels, gamma), list(model.order)
-    inference = model.infer(x)
-    kl = level_kl(inference)
-    # What all images have inferred is known, so that only what they decode is sampled.
-    of_steps = paid(model, kl, **kl_terms)
-    cost = sum(w * of_step for w, of_step in zip(weights, of_steps, strict=True)).mean()
-    weight_of_level = [weights[order.index(level)] for level in range(model.levels)]
-    log_px = sampled_log_likelihood(model, x, inference, weight_of_level, share, skip)
-    return Loss(cost - log_px, kl.detach().mean(dim=1))
+def weighted_mean(values: Sequence[Tensor], weights: Sequence[float], images: int) -> Tensor:
+    """sum_l w_l E[v_l] over a batch, from the values (n_l,) of the images on each path."""
+    pairs = zip(values, weights, strict=True)
+    return sum(w * images / len(v) * v.sum() for v, w in pairs) / images
 
 
-# --------------------------------------------------------------------------------------------------
-# Losses of the baselines
-
-
-def ivae_loss(model, x: Tensor, skip: str = "mean", sampled: bool = False, **kl_terms) -> Loss:
+def ivae_loss(model, x: Tensor, skip="mean", sampled=False, beta=1.0, free_bits=0.0) -> Loss:
     """Informative hierarchical VAE (Li et al. 2022), Eq. 39: the ELBO whose reconstruction is the
     mean of log p(x|z_l) over the skip paths of all levels.
 
-    `sampled` estimates that mean as `sampled_loss` does, by one path an image of an x in random
-    order, unbiased.
+    `sampled` estimates that mean as `sampled_loss` does, by one path an image.
     """
-    share = kl_terms.get("share") or Share(len(x))
     inference = model.infer(x)
     kl = level_kl(inference)
-    if sampled and share.whole >= model.levels:
+    cost = weigh_kl(kl, beta, free_bits).sum(dim=0).mean()
+    if sampled and len(x) >= model.levels:
         even = [1 / model.levels] * model.levels
-        log_px = sampled_log_likelihood(model, x, inference, even, share, skip)
+        decoded = skip_paths(model, x, inference, share_paths(len(x), even), skip)
+        log_px = weighted_mean(decoded, even, len(x))
     else:
-        every = [slice(None)] * model.levels
-        log_px = skip_log_likelihood(model, x, inference, every, skip).mean()
-    return Loss(weigh_kl(kl, **kl_terms).sum(dim=0).mean() - log_px, kl.detach().mean(dim=1))
-
-
-# The adversarial autoencoder's three phases (Makhzani et al. 2015); `phases` of the model says what
-# each moves. The KL has no part in them and is only reported.
-
-
-def reconstruction_loss(model, x: Tensor, **kl_terms) -> Loss:
-    """-log p(x|z), for encoder and decoder."""
-    inference = model.infer(x)
-    value = -reconstruction(model, x, inference).mean()
-    return Loss(value, level_kl(inference).detach().mean(dim=1))
-
-
-def discriminator_loss(model, x: Tensor, **kl_terms) -> Loss:
-    """-log D(z of the prior) - log(1 - D(z of x)), for the discriminator D."""
-    inference = model.infer(x)
-    z, prior = inference.latents[-1].detach(), inference.priors[-1].expand((len(x),)).rsample()
-    value = F.softplus(-odds(model, prior)).mean() + F.softplus(odds(model, z)).mean()
-    return Loss(value, level_kl(inference).detach().mean(dim=1))
-
-
-def confusion_loss(model, x: Tensor, **kl_terms) -> Loss:
-    """-log D(z of x), for the encoder: its z shall pass for the prior's."""
-    inference = model.infer(x)
-    value = F.softplus(-odds(model, inference.latents[-1])).mean()
-    return Loss(value, level_kl(inference).detach().mean(dim=1))
-
-
-def odds(model, z: Tensor) -> Tensor:
-    """(B,): log D(z) / (1 - D(z)), never below float32."""
-    log_odds = model.discriminator(z)
-    return log_odds.float() if log_odds.dtype in (torch.bfloat16, torch.float16) else log_odds
+        log_px = torch.cat(skip_paths(model, x, inference, [slice(None)] * model.levels, skip))
+    return Loss(cost - log_px.mean(), kl.detach().mean(dim=1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,8 +256,6 @@ def importance_weighted_bound(model, x: Tensor, samples: int, at_once: int = 102
     A lower bound of log p(x) that is the ELBO at K = 1 and rises to log p(x) with K. About
     `at_once` images and samples are inferred in one batch.
     """
-    if samples < 1:
-        raise ValueError(f"{samples} samples: the bound needs at least 1")
     per_pass = max(1, min(samples, at_once // max(1, len(x))))
     log_weights = []
     for done in range(0, samples, per_pass):
