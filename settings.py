@@ -3,140 +3,107 @@
 import argparse
 import math
 
-import evaluate
 import models
 from data import DATASETS, SHAPES, image_shape
-from files import UserError
+from files import Parser, UserError
 
 UPDATES = ("stepwise", "joint", "sampled")
+PROBES = ("every", "top")
+MAY_CHANGE = {"epochs", "data_dir", "device", "eval_every", "probe", "out", "eager"}  # on --resume
 
 
-def parser() -> evaluate.Parser:
+def parser() -> Parser:
     # What is not given is absent: `defaults` decides it by --size, --dataset and --rl.
-    p = evaluate.Parser(
+    p = Parser(
         description="Train a hierarchical VAE by the ELBO or by reinforcement learning.",
         argument_default=argparse.SUPPRESS,
-        epilog="Where no default is named it depends on --size, --dataset and --rl; every run "
+        epilog="Where no default is named it depends on --size, --dataset and --rl. Every run "
         "prints what it takes and keeps it in config.json.",
-    )  # fmt: skip
+    )
     # fmt: off
     p.add_argument("--arch", choices=models.ARCHS,
-                   help="hvae: bottom-up; lvae: top-down inference (default lvae); the baselines "
-                   "vae and aae (adversarial autoencoder): one level; biva: both ways")
+                   help="hvae: bottom-up inference; lvae: top-down (default); the baselines vae "
+                   "and aae (adversarial autoencoder): one level; biva: both ways")
     p.add_argument("--rl", action="store_true", help="maximise the Q-value instead of the ELBO")
     p.add_argument("--ivae", action="store_true",
-                   help="or the objective of the informative hierarchical VAE (Eq. 39)")
+                   help="maximise the objective of the informative hierarchical VAE (Eq. 39)")
     p.add_argument("--gamma", type=float, help="discount of later rewards, 0 to 1 (default 0.9)")
     p.add_argument("--update", choices=UPDATES,
-                   help="with --rl: one step for each Q_t, inferring afresh (Algorithm 1); one for "
-                   "their sum; or one for an unbiased sample of the sum, one path an image. "
-                   "--ivae has the last two")
+                   help="with --rl: stepwise is Algorithm 1, a step for each Q_t; joint is one for "
+                   "their sum; sampled is one for an unbiased estimate of the sum, one path an "
+                   "image. --ivae has the last two")
     p.add_argument("--skip", choices=("mean", "sample"),
-                   help="skip paths take the priors' means, or a sample of each (default mean)")
+                   help="skip paths take the priors' means (default) or a sample of each")
     p.add_argument("--pay", choices=("inferred", "own"),
                    help="what a step's reward pays: the KL of all levels inferred until then "
-                   "(Eq. 24, the default), or that of its own level alone")
-    p.add_argument("--dataset", choices=DATASETS, help="default digits, which is no download")
+                   "(Eq. 24, default), or that of its own level alone")
+    p.add_argument("--dataset", choices=DATASETS, help="default digits, which needs no download")
     p.add_argument("--data-dir", help="folder of the data sets (default data)")
-    p.add_argument("--image-size", type=int, help="side of the images of --dataset folder "
-                   "(default 32): the middle square of each is resized to it")
+    p.add_argument("--image-size", type=int,
+                   help="side of the images of --dataset folder (default 32)")
     p.add_argument("--unlabelled", action="store_true",
-                   help="train on the 100,000 unlabelled images of --dataset stl10")
+                   help="train on the 100,000 unlabelled images of stl10")
     p.add_argument("--threshold", action="store_true",
-                   help="grey images in black and white once and for all, at half, instead of "
-                   "binarised anew at every use")
-    p.add_argument("--device-data", choices=("auto", "on", "off"),
-                   help="images live in the device's memory (on) or go there batch by batch (off); "
-                   "auto: on where they take a quarter of its free memory at most")
-    p.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
+                   help="make grey images black and white once, at half, instead of binarising "
+                   "them anew at every use")
+    p.add_argument("--train-images", type=int, metavar="N",
+                   help="train, and fit the probe, on the first N training images")
     p.add_argument("--size", choices=tuple(models.PRESETS),
-                   help="paper: its network and training; small: for two CPU cores; best: the most "
-                   "that they reach in 60 minutes, on grey images (default small)")
+                   help="paper: its network and training; small: for two CPU cores (default); "
+                   "best: the most that these reach in an hour, on grey images")
     p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
     p.add_argument("--levels", type=int,
                    help="1 to 10: 8 dimensions at the top, doubling downwards to at most 128")
     p.add_argument("--channels", type=int, help="feature maps of every layer")
     p.add_argument("--mean-field", action="store_true",
-                   help="lvae without its merge: posteriors q(z_l|x) that do not see the sample "
-                   "above")
+                   help="lvae without its merge: posteriors q(z_l|x) do not see the sample above")
     p.add_argument("--epochs", type=int, help="passes over the training images")
-    p.add_argument("--minutes", type=float,
-                   help="or train for so long, to the end of the nearest epoch")
     p.add_argument("--batch-size", type=int, help="images an update (default 128)")
     p.add_argument("--lr", type=float, help="Adam's learning rate")
     p.add_argument("--schedule", choices=("constant", "cosine"),
                    help="of the learning rate; cosine falls to 0 at the end (default constant)")
-    p.add_argument("--ema", type=float,
-                   help="measure a moving average of the weights, of this decay: 0.999 (default "
-                   "0, the weights themselves)")
+    p.add_argument("--ema", type=float, metavar="DECAY",
+                   help="measure a moving average of the weights (default 0: the weights)")
     p.add_argument("--warmup", type=int, help="epochs in which the KL's weight rises from 0 to 1")
     p.add_argument("--free-bits", type=float, help="nats of each level's KL that cost nothing")
     p.add_argument("--free-bits-epochs", type=int, help="epochs of free bits (default: all)")
     p.add_argument("--seed", type=int, help="of initialisation, batches and noise (default 0)")
+    p.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
+                   help="of the network's arithmetic; auto: bfloat16 where the processor has it")
+    p.add_argument("--eager", action="store_true",
+                   help="on CUDA launch every kernel by itself instead of one CUDA graph a batch")
     p.add_argument("--out",
                    help="the run's folder (default runs/<dataset>-<arch>[-rl|-ivae]-<seed>)")
     p.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     p.add_argument("--resume", nargs="?", const=True, metavar="RUN",
                    help="go on with RUN (or --out) from its checkpoint; --epochs may be raised")
-    p.add_argument("--eval-every", type=int,
-                   help="epochs between measures of the test split: KL, ELBO, and the probe of z_L "
-                   "fitted on 10,000 training images (default 0: only at the end)")
-    p.add_argument("--probe", choices=evaluate.PROBES,
-                   help="at the end: of every level and of all together (default), or of z_L "
-                   "alone, which is much sooner done")
-    p.add_argument("--save-every", type=float, help="seconds between checkpoints (default 60)")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
-                   help="of the network's arithmetic; auto is bfloat16 where the processor has it")
-    p.add_argument("--compile", action="store_true",
-                   help="compile each update: a minute at the start")
-    p.add_argument("--eager", action="store_true",
-                   help="on CUDA launch every kernel of an update by itself, as a debugger wants "
-                   "it, not all of them as one CUDA graph")
-    p.add_argument("--accumulate", type=int, metavar="N",
-                   help="take every batch in N parts, one after another, for little memory")
-    p.add_argument("--train-images", type=int, metavar="N",
-                   help="train, and fit the probe, on the first N training images")
-    p.add_argument("--bench", action="store_true",
-                   help="train nothing: time every kind of update beside the literal Algorithm 1")
-    p.add_argument("--json", action="store_true", help="with --bench: one line of JSON")
+    p.add_argument("--eval-every", type=int, metavar="N",
+                   help="measure KL, ELBO and the probe of z_L (fitted on 10,000 images) every N "
+                   "epochs (default 0: only at the end)")
+    p.add_argument("--probe", choices=PROBES,
+                   help="at the end: every level and all together (default), or z_L alone, which "
+                   "is much sooner done")
     # fmt: on
     return p
-
-
-MAY_CHANGE = {
-    "epochs",
-    "minutes",
-    "data_dir",
-    "device",
-    "device_data",
-    "eval_every",
-    "probe",
-    "save_every",
-    "out",
-    "compile",
-    "eager",
-    "accumulate",
-}  # on --resume
 
 
 def defaults(given: dict) -> dict:
     """A full configuration: the flags given, the rest by --size, --dataset and --rl."""
     config = dict(
         arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", pay="inferred", dataset="digits",
-        data_dir="data", image_size=None, unlabelled=False, threshold=False, device="auto",
-        device_data="auto", size="small", latents=None, levels=None, channels=None,
-        mean_field=False, batch_size=128, warmup=0, free_bits=0.0, free_bits_epochs=None, seed=0,
-        eval_every=0, probe="every", save_every=60.0, dtype="auto", compile=False, eager=False,
-        accumulate=1, train_images=None, minutes=None, schedule="constant", ema=0.0,
+        data_dir="data", image_size=None, unlabelled=False, threshold=False, train_images=None,
+        size="small", latents=None, levels=None, channels=None, mean_field=False, batch_size=128,
+        schedule="constant", ema=0.0, warmup=0, free_bits=0.0, free_bits_epochs=None, seed=0,
+        device="auto", dtype="auto", eager=False, eval_every=0, probe="every",
     )  # fmt: skip
     config |= given
     if config["size"] == "paper":
-        levels = len(network(config).latents)
         config |= dict(lr=3e-4, update="stepwise" if config["rl"] else "joint", epochs=1000)
         if config["dataset"] == "tinyimagenet":
             config["batch_size"] = 64
         if config["rl"]:
-            config["epochs"] = max(1, round(1000 / levels))
+            config["epochs"] = max(1, round(1000 / len(network(config).latents)))
         elif not config["ivae"] and config["arch"] not in models.ONE_LEVEL:
             config |= dict(warmup=200, free_bits=2.0, free_bits_epochs=400)
     else:
@@ -147,13 +114,11 @@ def defaults(given: dict) -> dict:
         if best:
             config |= dict(schedule="cosine", ema=0.999)
         if config["rl"] or config["ivae"]:
-            # The decoder is slow to listen, and until it does the KL would win at the top: in
-            # some 240 updates over the whole level, in some thousand over some of its units, and
-            # bottom-up on colour images even over all levels.
+            # Until the decoder listens to a level, the KL would win there. That takes some 240
+            # updates for a whole level and some thousand for some of its units; bottom-up on
+            # colour images all levels are at stake.
             half = max(1, (config | given)["epochs"] // 2)
             config["warmup"] = 20 if digits else min(warmup, half)
-    if config["minutes"] is not None:
-        config["epochs"] = 1_000_000
     config |= given
     if config["free_bits_epochs"] is None:
         config["free_bits_epochs"] = config["epochs"]
@@ -163,45 +128,57 @@ def defaults(given: dict) -> dict:
 
 
 def network(config: dict) -> models.Config:
+    """The configuration of a run's network; UserError for one that cannot be built."""
     keys = ("arch", "size", "latents", "levels", "channels", "mean_field")
     image = image_shape(config["dataset"], config["image_size"])
     try:
-        return models.configure(image=image, **{k: config[k] for k in keys})
+        return models.configure(image=image, **{key: config[key] for key in keys})
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
 def check(config: dict) -> None:
     """UserError for numbers that make no sense, and for objectives that are not defined."""
-    if config["rl"] and config["ivae"]:
+    network(config)
+    rl, ivae, arch = config["rl"], config["ivae"], config["arch"]
+    if rl and ivae:
         raise UserError("--rl and --ivae are two objectives: choose one")
-    if (config["rl"] or config["ivae"]) and config["arch"] in ("aae", "biva"):
-        flag, arch = "--rl" if config["rl"] else "--ivae", config["arch"]
+    if (rl or ivae) and arch in ("aae", "biva"):
         why = "it is trained by no ELBO" if arch == "aae" else "no level reaches x alone"
+        flag = "--rl" if rl else "--ivae"
         raise UserError(f"{flag} is not defined for {arch}, since {why}: use --arch hvae or lvae")
-    if config["ivae"] and config["update"] == "stepwise":
+    if ivae and config["update"] == "stepwise":
         raise UserError("--update stepwise is for --rl: --ivae takes joint or sampled")
     if not 0 <= config["ema"] < 1:
         raise UserError(f"--ema {config['ema']}: a decay lies from 0 to below 1")
     if not 0 <= config["gamma"] <= 1:
         raise UserError(f"--gamma {config['gamma']}: a discount lies from 0 to 1")
-    for key in ("epochs", "minutes", "batch_size", "lr", "accumulate", "train_images"):
+    for key in ("epochs", "batch_size", "lr", "train_images"):
         if config[key] is not None and not 0 < config[key] < math.inf:
             raise UserError(f"--{key.replace('_', '-')} {config[key]}: must be above 0")
-    if config["seed"] >= 2**32:
-        raise UserError(f"--seed {config['seed']}: must be below 2^32")
-    for key in ("warmup", "free_bits", "free_bits_epochs", "seed", "eval_every", "save_every"):
-        if not 0 <= config[key] < math.inf:
-            raise UserError(f"--{key.replace('_', '-')} {config[key]}: must not be negative")
+    for key in ("warmup", "free_bits", "free_bits_epochs", "seed", "eval_every"):
+        if not 0 <= config[key] < 2**32:
+            raise UserError(f"--{key.replace('_', '-')} {config[key]}: choose from 0 to 2^32 - 1")
 
 
 def idle(config: dict, flags: dict) -> list[str]:
     """The flags given that have no effect on this run."""
-    useless = {"gamma", "update", "skip", "pay"}
     if config["rl"]:
-        useless = set()
-    elif config["ivae"]:
-        useless = {"gamma", "pay"}
-    elif config["arch"] == "aae":
+        return []
+    useless = {"gamma", "pay"} if config["ivae"] else {"gamma", "update", "skip", "pay"}
+    if config["arch"] == "aae":
         useless |= {"warmup", "free_bits", "free_bits_epochs"}
     return sorted(useless & flags.keys())
+
+
+def kl_weight(config: dict, progress: float) -> tuple[float, float]:
+    """The KL's weight and free bits after `progress` epochs."""
+    beta = min(1.0, progress / config["warmup"]) if config["warmup"] else 1.0
+    return beta, config["free_bits"] if progress < config["free_bits_epochs"] else 0.0
+
+
+def rate_factor(config: dict, progress: float) -> float:
+    """What --schedule makes of the learning rate after `progress` epochs."""
+    if config["schedule"] == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress / config["epochs"])))

@@ -4,10 +4,10 @@ python train.py --arch lvae --rl --gamma 0.9
 python train.py --arch hvae --rl --dataset fashionmnist --out runs/mine
 python train.py --resume runs/mine
 torchrun --nproc-per-node 2 train.py --arch lvae --rl
-python train.py --bench --arch lvae --dataset fashionmnist
 """
 
 import contextlib
+import datetime
 import itertools
 import json
 import math
@@ -15,111 +15,223 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import baselines
 import evaluate
 import models
-import parallel
 import rewards
-from data import (
-    Data,
-    keep_freed_memory,
-    observed,
-    pick_dtype,
-    place,
-    shuffled,
-    take,
-)
-from evaluate import CHECKPOINT, FORMAT
-from files import UserError, writing
-from settings import MAY_CHANGE, check, defaults, idle, network, parser
+from data import Data, keep_freed_memory, pick_device, pick_dtype, place, shuffled, to_input
+from files import UserError, one_line, write_json, writing
+from settings import MAY_CHANGE, check, defaults, idle, kl_weight, network, parser, rate_factor
 
+SAVE_EVERY = 60  # seconds between checkpoints
 CHECK_EVERY = 20  # updates between looks at the losses: each look waits for the device
+
+# Under torchrun every process takes its rows of each batch; the first one evaluates and writes.
+RANK, LOCAL_RANK, SIZE = (
+    int(os.environ[name]) if dist.is_torchelastic_launched() else alone
+    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+)
+FIRST = RANK == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+
+def losses(
+    config: dict, levels: int, beta: float | Tensor = 1.0, free_bits: float = 0.0
+) -> list[Callable[[nn.Module, Tensor], rewards.Loss]]:
+    """The losses that a batch is used for, functions of model and x, one optimiser step each."""
+    if config["arch"] == "aae":
+        return [
+            getattr(baselines, f"{n}_loss")
+            for n in ("reconstruction", "discriminator", "confusion")
+        ]
+    terms = dict(beta=beta, free_bits=free_bits)
+    if not (config["rl"] or config["ivae"]):
+        return [partial(rewards.elbo_loss, **terms)]
+    terms |= dict(skip=config["skip"])
+    if config["ivae"]:
+        return [partial(rewards.ivae_loss, sampled=config["update"] == "sampled", **terms)]
+    terms |= dict(gamma=config["gamma"], pay=config["pay"])
+    if config["update"] == "stepwise":
+        return [partial(rewards.stepwise_loss, step=t, **terms) for t in range(levels)]
+    loss = rewards.joint_loss if config["update"] == "joint" else rewards.sampled_loss
+    return [partial(loss, **terms)]
+
+
+def algorithm_1(run: "Run", x: Tensor, beta: float | Tensor, free_bits: float) -> Tensor:
+    """The updates by one batch x (B, C, H, W): Algorithm 1's loop over t = 1 ... T.
+
+    With `--update stepwise` each step infers afresh and ascends its Q_t, as the paper has it. The
+    other updates are one step for all t. Returns the mean of each loss and of each level's KL.
+    """
+    steps = losses(run.config, run.model.levels, beta, free_bits)
+    means = torch.zeros(len(steps) + run.model.levels, device=run.device)
+    for t, (loss, optimizer) in enumerate(zip(steps, itertools.cycle(run.optimizers))):
+        optimizer.zero_grad()
+        with torch.autocast(run.device.type, run.dtype, run.dtype != torch.float32):
+            value, kl = run.objective(loss, x)
+        value.backward()
+        optimizer.step()
+        run.updates += 1
+        means[t] += value.detach()
+        means[len(steps) :] += kl * (1 / len(steps))
+    if SIZE > 1:
+        dist.all_reduce(means)
+    return means / SIZE
+
+
+class Objective(nn.Module):
+    """A loss of the model as a forward pass, which is what DistributedDataParallel takes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, loss: Callable, x: Tensor) -> rewards.Loss:
+        with parametrize.cached():  # each normalised weight once, not once a path
+            return loss(self.model, x)
+
+
+class Captured:
+    """All updates by a batch as one CUDA graph: some thousand kernels, recorded once and from then
+    on replayed, which take longer to be launched one by one than to run.
+
+    A replay reads and writes where the recording did. So a batch is first copied there, and the
+    KL's weight and the learning rates lie in the device's memory. The free bits are part of the
+    program: when they change, it is recorded anew.
+    """
+
+    WARM_UP = 2  # batches before the recording, in which libraries choose their algorithms
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.beta = torch.ones((), dtype=torch.float64, device=device)
+        self.graph, self.seen, self.free_bits = None, 0, 0.0
+
+    def __call__(self, run: "Run", x: Tensor, beta: float, free_bits: float) -> Tensor:
+        """`algorithm_1` by a full batch."""
+        self.beta.fill_(beta)
+        if free_bits != self.free_bits:
+            self.graph, self.seen, self.free_bits = None, 0, free_bits
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        if self.seen < self.WARM_UP:
+            self.seen += 1
+            with torch.cuda.stream(self.stream):  # where the recording will be
+                means = algorithm_1(run, x, self.beta, free_bits)
+            current.wait_stream(self.stream)
+            return means
+        if self.graph is None:
+            self.x, before = x.clone(), run.updates
+            for parameter in run.model.parameters():
+                parameter.grad = None
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.means = algorithm_1(run, self.x, self.beta, free_bits)
+            self.updates, run.updates = run.updates - before, before
+        self.x.copy_(x)
+        self.graph.replay()
+        run.updates += self.updates
+        return self.means.clone()
+
+
+def update(run: "Run", x: Tensor, beta: float, free_bits: float) -> Tensor:
+    """`algorithm_1`, on CUDA by a graph of it."""
+    if run.captured is not None and len(x) == run.config["batch_size"]:
+        return run.captured(run, x, beta, free_bits)
+    return algorithm_1(run, x, beta, free_bits)
+
 
 # --------------------------------------------------------------------------------------------------
 # The state of a run
 
 
 class Run:
-    """Model, optimiser and where training stands; kept in checkpoint.pt."""
+    """Model, optimisers and where training stands; kept in checkpoint.pt."""
 
-    PLAIN = ("epoch", "batch", "update", "seconds", "epoch_seconds", "metrics_bytes")
+    PLAIN = ("epoch", "batch", "updates", "seconds", "metrics")
 
     def __init__(self, config: dict, device: torch.device):
         self.config, self.device, self.folder = config, device, Path(config["out"])
         torch.manual_seed(config["seed"])
-        self.model = models.build(network(config)).to(device)
-        parts, settings = [list(self.model.parameters())], [{"lr": config["lr"]}]
-        if isinstance(self.model, models.AAE):
+        self.model = baselines.build(network(config)).to(device)
+        parts, options = [list(self.model.parameters())], [{"lr": config["lr"]}]
+        if config["arch"] == "aae":
             # Adversaries turn with every step of each other, so half the momentum. The
             # discriminator is faster than the encoder that follows it (Heusel et al. 2017), and
             # that one slower than the decoder that has to follow in turn.
             parts = self.model.phases()
-            settings += [
-                {"lr": 3 * config["lr"], "betas": (0.5, 0.999)},
-                {"lr": 0.3 * config["lr"], "betas": (0.5, 0.999)},
-            ]
-        self.rates = [of_part["lr"] for of_part in settings]
+            options += [{"lr": rate * config["lr"], "betas": (0.5, 0.999)} for rate in (3, 0.3)]
+        self.rates = [option["lr"] for option in options]
         self.captured = None
-        if device.type == "cuda" and parallel.SIZE == 1 and not config["eager"]:
+        if device.type == "cuda" and SIZE == 1 and not config["eager"]:
             self.captured = Captured(device)
-            settings = [s | self.captured.settings(s["lr"]) for s in settings]
+            for option in options:  # the graph reads the rate where it lies
+                option |= {"lr": torch.tensor(option["lr"], device=device), "capturable": True}
         self.optimizers = [
-            torch.optim.Adam(p, fused=True, **s) for p, s in zip(parts, settings, strict=True)
+            torch.optim.Adam(part, fused=True, **option)
+            for part, option in zip(parts, options, strict=True)
         ]
         self.averaged = None
         if config["ema"]:
             average = get_ema_multi_avg_fn(config["ema"])
             self.averaged = AveragedModel(self.model, multi_avg_fn=average)
-        self.epoch = self.batch = self.update = 0  # the batch to come; the updates made
-        self.seconds = 0.0  # of training, evaluation left out
-        self.epoch_seconds = 0.0  # of these, until the epoch's start
-        self.metrics_bytes = 0  # of metrics.jsonl that belong to this state
-        self.losses, compiled = objectives(config, self.model.levels), []
-        if config["compile"]:
-            compiled = [torch.compile(loss, dynamic=False) for loss in self.losses]
-        self.objective = parallel.distributed(
-            parallel.Objective(self.model, self.losses, compiled),
-            each_uses_all=len(self.optimizers) == 1,
-        )
         self.dtype = pick_dtype(config["dtype"], device)
+        self.objective = Objective(self.model)
+        if SIZE > 1:
+            warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 kernels
+            unused = len(parts) > 1  # each of the AAE's losses leaves some parameters out
+            self.objective = DistributedDataParallel(self.objective, find_unused_parameters=unused)
+        self.epoch = self.batch = self.updates = 0  # the batch to come; the updates made
+        self.seconds = 0.0  # of training, evaluation left out
+        self.metrics: list[dict] = []  # a line an epoch
         # Since the epoch's start: the number of batches, the sum of each loss, the sums of the KLs.
-        size = 1 + len(self.losses) + self.model.levels
+        self.losses = len(losses(config, self.model.levels))
+        size = 1 + self.losses + self.model.levels
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
+        self.seed_others()
+
+    def seed_others(self) -> None:
+        """Every process but the first has noise of its own, by seed, rank and updates made."""
+        if not FIRST:
+            torch.manual_seed(self.config["seed"] + 1_000_003 * RANK + self.updates)
 
     @property
     def measured(self) -> models.Network:
         """The model that is evaluated: where one is kept, the moving average."""
         return self.model if self.averaged is None else self.averaged.module
 
-    @property
-    def ended(self) -> bool:
-        return evaluate.ended(self.config, self.epoch, self.batch, self.seconds)
-
     def set_rates(self, factor: float) -> None:
         """Each optimiser's learning rate: its own, times `factor`."""
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             group = optimizer.param_groups[0]
-            if isinstance(group["lr"], Tensor):  # a graph reads it where it lies
+            if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * factor)
             else:
                 group["lr"] = rate * factor
 
     def save(self) -> None:
-        """Writes beside and renames: whatever happens, the checkpoint before stays whole."""
-        if not parallel.FIRST:
+        """Writes the checkpoint and metrics.jsonl, each whole or not at all."""
+        if not FIRST:
             return
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {
-            "format": FORMAT,
+            "format": evaluate.FORMAT,
             "config": self.config,
             "model_config": self.model.config._asdict(),
             "model": self.model.state_dict(),
@@ -129,349 +241,141 @@ class Run:
             "sums": self.sums,
             **{key: getattr(self, key) for key in self.PLAIN},
         }
-        with writing(self.folder / CHECKPOINT) as beside, open(beside, "wb") as file:
+        with writing(self.folder / evaluate.CHECKPOINT) as beside, open(beside, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        with writing(self.folder / "metrics.jsonl") as beside:
+            beside.write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
 
     def restore(self, state: dict) -> None:
-        try:
-            self.model.load_state_dict(state["model"])
-            if self.averaged is not None:
-                self.averaged.load_state_dict(state["ema"])
-            for optimizer, of_optimizer in zip(self.optimizers, state["optimizers"], strict=True):
-                group = optimizer.param_groups[0]
-                own = {key: group[key] for key in ("lr", "capturable")}  # of this device
-                optimizer.load_state_dict(of_optimizer)
-                optimizer.param_groups[0] |= own
-            self.sums.copy_(state["sums"])
-            for key in self.PLAIN:
-                setattr(self, key, state[key])
-            torch.set_rng_state(state["rng"]["cpu"])
-            if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
-                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-        except (KeyError, TypeError, ValueError, RuntimeError):
-            raise UserError(f"{self.folder / CHECKPOINT} does not fit this train.py") from None
-        if not parallel.FIRST:
-            return
-        with contextlib.suppress(FileNotFoundError):  # lines after the checkpoint come again
-            metrics = self.folder / "metrics.jsonl"
-            os.truncate(metrics, min(self.metrics_bytes, metrics.stat().st_size))
-
-    def log(self, line: dict) -> None:
-        if not parallel.FIRST:
-            return
-        path = self.folder / "metrics.jsonl"
-        with writing(path, replace=False), open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            self.metrics_bytes = file.tell()
-
-
-class Stop:
-    """Ctrl-C and SIGTERM ask for a stop after the batch; a second one stops at once."""
-
-    def __enter__(self) -> "Stop":
-        self.signal: int | None = None
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.model.load_state_dict(state["model"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["ema"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            group = optimizer.param_groups[0]
+            own = {key: group[key] for key in ("lr", "capturable")}  # of this device
+            optimizer.load_state_dict(saved)
+            optimizer.param_groups[0] |= own
+        self.sums.copy_(state["sums"])
+        for key in self.PLAIN:
+            setattr(self, key, state[key])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        self.seed_others()
 
 
 # --------------------------------------------------------------------------------------------------
 # Training
 
 
-def objectives(config: dict, levels: int) -> list[Callable[..., rewards.Loss]]:
-    """The losses that a batch is used for, one optimiser step each."""
-    if config["arch"] == "aae":
-        return [rewards.reconstruction_loss, rewards.discriminator_loss, rewards.confusion_loss]
-    if config["ivae"]:
-        sampled = config["update"] == "sampled"
-        return [partial(rewards.ivae_loss, skip=config["skip"], sampled=sampled)]
-    if not config["rl"]:
-        return [rewards.elbo_loss]
-    terms = {key: config[key] for key in ("gamma", "skip", "pay")}
-    if config["update"] == "stepwise":
-        return [partial(rewards.stepwise_loss, step=t, **terms) for t in range(levels)]
-    loss = rewards.joint_loss if config["update"] == "joint" else rewards.sampled_loss
-    return [partial(loss, **terms)]
-
-
-def kl_terms(config: dict, progress: float) -> dict[str, float]:
-    """The KL's weight and free bits after `progress` epochs."""
-    beta = min(1.0, progress / config["warmup"]) if config["warmup"] else 1.0
-    free_bits = config["free_bits"] if progress < config["free_bits_epochs"] else 0.0
-    return {"beta": beta, "free_bits": free_bits}
-
-
-def rate_factor(config: dict, epoch: int, batch: float, seconds: float) -> float:
-    """What --schedule makes of the learning rate, `batch` of an epoch's batches (0 to 1) into an
-    epoch, `seconds` the time that the epochs before it took."""
-    if config["schedule"] == "constant":
-        return 1.0
-    done = (epoch + batch) / config["epochs"]
-    if config["minutes"] is not None and epoch > 0:  # the first epoch's time is not known
-        done = max(done, seconds * (1 + batch / epoch) / (60 * config["minutes"]))
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-class Captured:
-    """All updates by a batch as one CUDA graph: some thousand kernels, recorded once and from then
-    on replayed, which take longer to be launched one by one than to run.
-
-    A replay reads and writes where the recording did. So a batch is first copied there, and what
-    changes from batch to batch, the KL's weight and the learning rates, lies in the device's
-    memory. When the free bits change, which are part of the program, it is recorded anew.
-    """
-
-    WARM_UP = 2  # batches before the recording, in which libraries choose, and compilers work
-
-    def __init__(self, device: torch.device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
-        self.beta = torch.ones((), dtype=torch.float64, device=device)
-        self.forget(free_bits=0.0)
-
-    def forget(self, free_bits: float) -> None:
-        self.graph, self.seen, self.free_bits = None, 0, free_bits
-
-    def settings(self, rate: float) -> dict:
-        """Those of Adam."""
-        return {"lr": torch.tensor(rate, device=self.device), "capturable": True}
-
-    def __call__(self, run: Run, batch: Tensor, terms: dict) -> Tensor:
-        """`descend` by uint8 images that are on the device."""
-        self.beta.fill_(terms.get("beta", 1.0))
-        free_bits = terms.get("free_bits", 0.0)
-        if free_bits != self.free_bits:
-            self.forget(free_bits)
-        terms = terms | {"beta": self.beta}
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        if self.seen < self.WARM_UP:
-            self.seen += 1
-            with torch.cuda.stream(self.stream):  # where the recording will be
-                means = updates(run, batch, torch.arange(len(batch), device=self.device), terms)
-            current.wait_stream(self.stream)
-            return means
-        made = run.update + len(run.losses)
-        if self.graph is None:
-            self.batch, self.rows = batch.clone(), torch.arange(len(batch), device=self.device)
-            for parameter in run.model.parameters():
-                parameter.grad = None
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.means = updates(run, self.batch, self.rows, terms)
-        self.batch.copy_(batch)
-        self.graph.replay()
-        run.update = made
-        return self.means.clone()
-
-
-def descend(run: Run, images: Tensor, rows: Tensor, terms: dict) -> Tensor:
-    """The updates by one batch, the `rows` of uint8 images: a step for each of the run's losses.
-
-    Returns the mean over the batch of each loss and each level's KL, (losses + L,).
-    """
-    if run.captured is not None and len(rows) == run.config["batch_size"]:
-        return run.captured(run, take(images, rows, run.device), terms)
-    return updates(run, images, rows, terms)
-
-
-def updates(run: Run, images: Tensor, rows: Tensor, terms: dict) -> Tensor:
-    """What `descend` does and returns, step by step. The gradients of a batch's parts, and of the
-    processes' shares of a part, add up to those of the batch."""
-    compiled = run.config["compile"] and len(rows) == run.config["batch_size"]
-    if compiled and not isinstance(terms["beta"], Tensor):  # a number would be part of the program
-        beta = torch.full((), terms["beta"], dtype=torch.float64, device=run.device)
-        terms = terms | {"beta": beta}
-    parts = []
-    for part in range(min(run.config["accumulate"], len(rows))):
-        rows_of_part = rows[part :: run.config["accumulate"]]
-        share = parallel.Share(len(rows_of_part))
-        with parallel.same_noise(share):
-            x = observed(take(images, share.of_rows(rows_of_part), run.device))
-        shared = {"share": share} if parallel.SIZE > 1 else {}
-        parts.append((x, share, len(x) * share.of / len(rows), terms | shared))
-    means = torch.zeros(len(run.losses) + run.model.levels, device=run.device)
-    for which, optimizer in zip(range(len(run.losses)), itertools.cycle(run.optimizers)):
-        optimizer.zero_grad()
-        for part, (x, share, weight, of_part) in enumerate(parts):
-            whole = part == len(parts) - 1
-            with parallel.keeping_gradients(run.objective, not whole), parallel.same_noise(share):
-                with torch.autocast(run.device.type, run.dtype, run.dtype != torch.float32):
-                    value, kl = run.objective(which, x, compiled, **of_part)
-                (value * weight).backward()
-            means[which] += value.detach() * weight
-            means[len(run.losses) :] += kl * (weight / len(run.losses))
-        optimizer.step()
-        run.update += 1
-    return parallel.total(means) / parallel.SIZE
+def own_rows(rows: Tensor) -> Tensor:
+    """This process's part of a batch. All are equal: one that does not divide repeats some rows."""
+    if SIZE == 1:
+        return rows
+    each = -(-len(rows) // SIZE)
+    return rows[torch.arange(RANK, each * SIZE, SIZE, device=rows.device) % len(rows)]
 
 
 def train(run: Run, data: Data, bar: tqdm) -> None:
     """Trains until the last epoch. A stop that was asked for saves and raises SystemExit."""
-    config, model = run.config, run.model
-    images = data.to_train_on
-    batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
-    last_save, started = time.monotonic(), time.monotonic() - run.seconds
-    recent: list[tuple[int, int, Tensor]] = []  # epoch, update and losses, not looked at yet
+    config, images = run.config, data.to_train_on
+    started, saved = time.monotonic() - run.seconds, time.monotonic()
+    recent: list[Tensor] = []  # losses that were not looked at yet
+    if run.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    with stop_signal() as asked:
+        while run.epoch < config["epochs"]:
+            batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
+            for rows in batches[run.batch :]:
+                progress = run.epoch + run.batch / len(batches)
+                beta, free_bits = kl_weight(config, progress)
+                run.set_rates(rate_factor(config, progress))
+                x = to_input(images[own_rows(rows)].to(run.device))
+                means = update(run, x, beta, free_bits)
+                if run.averaged is not None:
+                    run.averaged.update_parameters(run.model)
+                run.sums += torch.cat([torch.ones_like(means[:1]), means])
+                run.batch += 1
+                bar.update()
+                recent.append(means[: run.losses])
+                last = run.batch == len(batches)
+                due = bool(asked) or time.monotonic() - saved >= SAVE_EVERY
+                if last or due or len(recent) * run.losses >= CHECK_EVERY:
+                    check_finite(run, recent, bar)
+                if last:
+                    run.seconds = time.monotonic() - started
+                    end_of_epoch(run, data, beta, free_bits, bar)
+                    started = time.monotonic() - run.seconds
+                if due or run.epoch == config["epochs"]:
+                    run.seconds = time.monotonic() - started
+                    run.save()
+                    saved = time.monotonic()
+                if asked and run.epoch < config["epochs"]:
+                    bar.close()
+                    print(f"stopped in epoch {run.epoch + 1} after update {run.updates}")
+                    print(f"go on with: python train.py --resume {run.folder}", flush=True)
+                    raise SystemExit(128 + asked[0])
+    torch.set_float32_matmul_precision("highest")
 
-    def fail(what: str, epoch: int, update: int) -> NoReturn:
+
+def check_finite(run: Run, recent: list[Tensor], bar: tqdm) -> None:
+    """UserError at a loss or a parameter that is not finite, before it can be saved."""
+    values = torch.stack(recent)
+    parameters = torch.nn.utils.get_total_norm(run.model.parameters())
+    if not (values.isfinite().all() and parameters.isfinite()):
         raise UserError(
-            f"{what} at epoch {epoch}, update {update}: try a lower --lr or --dtype float32; "
-            f"{run.folder} keeps the last good checkpoint"
+            f"the loss or a parameter is not finite in epoch {run.epoch + 1}, by update "
+            f"{run.updates}: try a lower --lr or --dtype float32; {run.folder} keeps the last good "
+            "checkpoint"
         )
+    bar.set_postfix(loss=f"{values[-1, -1].item():.1f}", refresh=False)
+    recent.clear()
 
-    def look() -> None:
-        """Stops at a loss or a parameter that is not finite, before it can be saved."""
-        values = torch.stack([losses for *_, losses in recent]).tolist() if recent else []
-        for (epoch, update, _), of_batch in zip(recent, values, strict=True):
-            for value in of_batch:
-                if not math.isfinite(value):
-                    fail(f"the loss is {value}", epoch, update)
-            bar.set_postfix(loss=f"{of_batch[-1]:.1f}", refresh=False)
-        recent.clear()
-        if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
-            fail("a parameter is not finite", run.epoch + 1, run.update)
 
-    over = parallel.any_of([run.ended])[0]
-    with Stop() as stop, parallel.StuckAfterSignal(), tf32(run.device):
-        while not over:
-            part = run.batch / len(batches)
-            factor = rate_factor(config, run.epoch, part, run.epoch_seconds)
-            run.set_rates(factor)
-            terms = kl_terms(config, run.epoch + part)
-            means = descend(run, images, batches[run.batch], terms)
-            if run.averaged is not None:
-                run.averaged.update_parameters(model)
-            recent.append((run.epoch + 1, run.update, means[: len(run.losses)]))
-            run.sums += torch.cat([torch.ones_like(means[:1]), means])
-            run.batch += 1
-            bar.update()
-            ended = run.batch == len(batches)
-            check = ended or len(recent) * len(run.losses) >= CHECK_EVERY
-            if check:
-                look()
-            if ended:
-                run.seconds = time.monotonic() - started
-                end_of_epoch(run, data, terms, bar)
-                run.epoch, run.batch = run.epoch + 1, 0
-                started = time.monotonic() - run.seconds
-                batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
-                run.epoch_seconds = parallel.first_says(run.seconds)
-                over = parallel.any_of([run.ended])[0]
-            stopping = stop.signal is not None
-            due = over or time.monotonic() - last_save >= config["save_every"]
-            if parallel.SIZE > 1:  # all have to agree, which takes them a moment
-                stopping, due = parallel.any_of([stopping, due]) if check else (False, False)
-            if due or stopping:
-                look()
-                run.seconds = time.monotonic() - started
-                run.save()
-                last_save = time.monotonic()
-            if stopping and not over:
-                bar.close()
-                say(f"stopped in epoch {run.epoch + 1} after update {run.update}")
-                say(f"go on with: python train.py --resume {run.folder}")
-                raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float, bar: tqdm) -> None:
+    """Logs the epoch; every --eval-every epochs the first process evaluates."""
+    run.epoch, run.batch = run.epoch + 1, 0
+    means = (run.sums[1:] / run.sums[0]).tolist()
+    run.sums.zero_()
+    values, kl = means[: run.losses], means[run.losses :]
+    line = {"epoch": run.epoch, "update": run.updates, "seconds": round(run.seconds, 2)}
+    line |= {"loss": sum(values) / len(values), "kl": kl, "beta": beta, "free_bits": free_bits}
+    if len(values) > 1:
+        line["losses"] = values
+    text = f"epoch {run.epoch:4d}  loss {line['loss']:9.2f}  KL " + " ".join(f"{v:.2f}" for v in kl)
+    measure = run.config["eval_every"] and run.epoch % run.config["eval_every"] == 0
+    if measure and FIRST:
+        test = line["test"] = evaluate.quick_eval(run.measured, data)
+        text += f"  test: ELBO {test['elbo']:.2f}"
+        text += f", z_L probe {test['probe']:.2f} %" if "probe" in test else ""
+    run.metrics.append(line)
+    if FIRST and (measure or run.epoch % max(1, run.config["epochs"] // 20) == 0):
+        bar.write(text)
 
 
 @contextlib.contextmanager
-def tf32(device: torch.device) -> Iterator[None]:
-    """What is left of float32 matrix products in training may take CUDA's faster TF32."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+def stop_signal() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted in a list, for a stop after the batch; a second one stops at
+    once. Of several processes each ends at once, since no other would know."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    signals = (signal.SIGINT, signal.SIGTERM) if SIZE == 1 else ()
+    before = {number: signal.signal(number, ask) for number in signals}
     try:
-        yield
+        yield asked
     finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def end_of_epoch(run: Run, data: Data, terms: dict, bar: tqdm) -> None:
-    """Logs the epoch that has ended; every --eval-every epochs it measures the test split."""
-    config, epoch = run.config, run.epoch + 1
-    means = (run.sums[1:] / run.sums[0]).tolist()
-    run.sums.zero_()
-    losses, kl = means[: len(run.losses)], means[len(run.losses) :]
-    line = {"epoch": epoch, "update": run.update, "seconds": round(run.seconds, 2)}
-    line |= {"loss": sum(losses) / len(losses), "kl": kl, **terms}
-    if len(losses) > 1:
-        line["losses"] = losses
-    adversarial = config["arch"] == "aae"  # its losses have no common unit, and mean nothing summed
-    shown = " ".join(f"{v:9.2f}" for v in (losses if adversarial else [line["loss"]]))
-    levels = " ".join(f"{v:.2f}" for v in kl)
-    text = f"epoch {epoch:4d}  loss {shown}  KL {levels}"
-    measure = config["eval_every"] > 0 and epoch % config["eval_every"] == 0
-    if measure:
-        test = line["test"] = evaluate.glance(run.measured, data)
-        text += f"  test: ELBO {test['elbo']:.2f}"
-        text += f", z_L probe {test['probe']:.2f} %" if "probe" in test else ""
-    run.log(line)
-    if not parallel.FIRST:
-        return
-    every = 1 if config["minutes"] else max(1, config["epochs"] // 20)
-    if measure or epoch % every == 0:
-        bar.write(text)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
-
-
-def say(*lines: str) -> None:
-    """Prints, in one of several processes."""
-    if parallel.FIRST:
-        print(*lines, sep="\n", flush=True)
-
-
-def introduce(run: Run, data: Data) -> None:
-    """Prints what is about to be trained, and what the paper trains."""
-    c, m = run.config, run.model.config
-    levels, paper = len(m.latents), models.preset("paper", m.image)
-    paper_batch = 64 if c["dataset"] == "tinyimagenet" else 128
-    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    objective, schedule = "ELBO", "1000 epochs, warm-up of 200, 2 nats free bits for 400"
-    if c["rl"]:
-        objective = f"Q-value, gamma {c['gamma']}, {c['update']} updates, skip by {c['skip']}"
-        schedule = f"{max(1, round(1000 / levels))} epochs, stepwise, no warm-up, no free bits"
-    elif c["arch"] in models.ONE_LEVEL or c["ivae"]:
-        schedule = "1000 epochs, no warm-up, no free bits"
-    if c["ivae"]:
-        objective = f"IVAE (Eq. 39), {c['update']} updates, skip by {c['skip']}"
-    elif c["arch"] == "aae":
-        objective = "reconstruction, discriminator, and the encoder against it"
-    warmup = f"KL warm-up of {c['warmup']} epochs" if c["warmup"] else "no KL warm-up"
-    free = f", {c['free_bits']} nats free bits for {c['free_bits_epochs']} epochs"
-    dtype = str(run.dtype).removeprefix("torch.")
-    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
-    length = f"{c['minutes']:g} minutes" if c["minutes"] else f"{c['epochs']} epochs"
-    processes = f", one of {parallel.SIZE} processes" if parallel.SIZE > 1 else ""
-    how = ", compiled" if c["compile"] else ""
-    how += ", one CUDA graph a batch" if run.captured is not None else ""
-    field = ", mean field" if m.mean_field else ""
-    parts = f" in {c['accumulate']} parts" if c["accumulate"] > 1 else ""
-    say(
-        f"model     {c['arch']}{field}, {c['size']}, levels {','.join(m.latents)} from the pixels "
-        f"up, {m.channels} channels, {parameters:.2f} M parameters\n"
-        f"objective {objective}, {warmup}{free if c['free_bits'] else ''}\n"
-        f"data      {c['dataset']}, {len(data.to_train_on):,} training and {len(data.test):,} test "
-        f"images of {'x'.join(map(str, m.image))}, {len(data.classes) or 'no'} classes\n"
-        f"training  {length}, batches of {c['batch_size']}{parts}, Adam at "
-        f"{c['lr']:g}, seed {c['seed']}\n"
-        f"device    {run.device}{threads}, {dtype}{how}{processes}\n"
-        f"paper     levels {','.join(paper['latents'])}, {paper['channels']} channels, batches of "
-        f"{paper_batch}, Adam at 0.0003, {schedule} (--size paper)\n"
-        f"writes to {run.folder}"
-    )
 
 
 def prepare(flags: dict) -> tuple[dict, dict | None]:
@@ -480,7 +384,7 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
     if resume is None:
         config = defaults(flags)
         check(config)
-        if (Path(config["out"]) / CHECKPOINT).exists() and not overwrite:
+        if (Path(config["out"]) / evaluate.CHECKPOINT).exists() and not overwrite:
             raise UserError(
                 f"{config['out']} holds a run already: --resume goes on with it, --overwrite "
                 "starts anew, --out names another folder"
@@ -491,105 +395,122 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
     if resume is not True and flags.setdefault("out", resume) != resume:
         raise UserError(f"--resume {resume} and --out {flags['out']} name two runs: choose one")
     flags.setdefault("out", defaults(flags)["out"])
-    if Path(flags["out"]).is_file():
-        raise UserError(f"{flags['out']} is a file: --resume takes the run's folder")
     state = evaluate.load_checkpoint(Path(flags["out"]))
-    config = defaults(state["config"])  # an older checkpoint may lack newer settings
+    config = state["config"]
     for key, value in flags.items():
-        if key not in MAY_CHANGE and value != config.get(key):
+        if key not in MAY_CHANGE and value != config[key]:
             raise UserError(
-                f"the run in {flags['out']} has --{key.replace('_', '-')} {config.get(key)}, not "
+                f"the run in {flags['out']} has --{key.replace('_', '-')} {config[key]}, not "
                 f"{value}: leave the flag out, or start a new run with --out"
             )
-        config[key] = value
+    config |= flags
     check(config)
     return config, state
 
 
+def introduce(run: Run, data: Data) -> None:
+    """Prints what is about to be trained, and what the paper trains."""
+    c, m = run.config, run.model.config
+    paper = defaults({key: c[key] for key in ("arch", "rl", "ivae", "dataset")} | {"size": "paper"})
+    objective = "Q-value (Eq. 26)" if c["rl"] else "IVAE (Eq. 39)" if c["ivae"] else "ELBO"
+    if c["rl"] or c["ivae"]:
+        objective += f", gamma {c['gamma']}" * c["rl"] + f", {c['update']} updates"
+        objective += " (stepwise is Algorithm 1 as it stands)" * (c["update"] != "stepwise")
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    graph = ", one CUDA graph a batch" if run.captured is not None else ""
+    processes = f", one of {SIZE} processes" if SIZE > 1 else ""
+    training = "{epochs} epochs, Adam at {lr:g}, warm-up {warmup}, {free_bits} nats free bits"
+    print(
+        f"model     {c['arch']}, {c['size']}, levels {','.join(m.latents)} from the pixels up, "
+        f"{m.channels} channels, {parameters:.2f} M parameters",
+        f"objective {objective}",
+        f"data      {c['dataset']}, {len(data.to_train_on):,} training and {len(data.test):,} test "
+        f"images of {'x'.join(map(str, m.image))}, {len(data.classes) or 'no'} classes",
+        f"training  {training.format(**c)}, batches of {c['batch_size']}, seed {c['seed']}",
+        f"device    {run.device}, {str(run.dtype).removeprefix('torch.')}{graph}{processes}",
+        f"paper     {training.format(**paper)}, {paper['update']} updates (--size paper)",
+        f"writes to {run.folder}",
+        sep="\n",
+        flush=True,
+    )
+
+
 def command(flags: dict) -> None:
     """A run from its flags to its evaluation."""
-    config, state = parallel.of_first(lambda: prepare(flags))
-    network(config)  # what cannot be built is said before any data are read
-    device = parallel.own_device(config["device"])
-    with parallel.one_before_others():
-        data = evaluate.data_of(config)
-    data = place(data, device, config["device_data"])
+    config, state = prepare(flags)
+    device = pick_device(config["device"])
+    if SIZE > 1 and device.type == "cuda":
+        device = pick_device(f"cuda:{LOCAL_RANK}")
+        torch.cuda.set_device(device)
+    if not FIRST:  # what the first process downloads or decodes the others read
+        dist.barrier()
+    data = place(evaluate.load_data(config), device)
+    if SIZE > 1 and FIRST:
+        dist.barrier()
     run = Run(config, device)
     if state is not None:
         run.restore(state)
-    parallel.of_first(lambda: make_folder(run, new=state is None))
-    introduce(run, data)
-    for flag in idle(config, flags):
-        say(f"note      --{flag.replace('_', '-')} has no effect here")
-    if not run.ended:
-        batches = math.ceil(len(data.to_train_on) / config["batch_size"])
-        interval = 0.5 if sys.stderr.isatty() else 15  # seconds between lines of the bar
-        whole = None if config["minutes"] else config["epochs"] * batches
-        with tqdm(total=whole, initial=run.epoch * batches + run.batch,
-                  unit="batch", mininterval=interval, dynamic_ncols=True,
-                  disable=not parallel.FIRST) as bar:  # fmt: skip
-            train(run, data, bar)
     kept = run.folder / "eval.json"
-    if parallel.of_first(lambda: not kept.exists()):
-        say("evaluating")
-        result = evaluate.report(
-            run.folder, config, run.epoch, run.measured, data, probe=config["probe"]
-        )
-        parallel.of_first(lambda: evaluate.write_json(kept, result))
-    if parallel.FIRST:
-        print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
-        print(evaluate.table(json.loads(kept.read_text())))
-
-
-def make_folder(run: Run, new: bool) -> None:
-    """The run's folder, without what belongs to another run or state."""
-    with writing(run.folder, replace=False):
+    if FIRST:
         run.folder.mkdir(parents=True, exist_ok=True)
-        stale = ["metrics.jsonl", CHECKPOINT] if new else []
-        if new or not run.ended:
-            stale.append("eval.json")
-        for name in stale:
-            (run.folder / name).unlink(missing_ok=True)
-    if new:
-        run.save()
-    evaluate.write_json(run.folder / "config.json", run.config)
+        if run.epoch < config["epochs"]:
+            kept.unlink(missing_ok=True)
+        if state is None:
+            run.save()
+        write_json(run.folder / "config.json", config)
+        introduce(run, data)
+        for flag in idle(config, flags):
+            print(f"note      --{flag.replace('_', '-')} has no effect here")
+    if run.epoch < config["epochs"]:
+        batches = math.ceil(len(data.to_train_on) / config["batch_size"])
+        with tqdm(total=config["epochs"] * batches, initial=run.epoch * batches + run.batch,
+                  unit="batch", mininterval=0.5 if sys.stderr.isatty() else 15,
+                  dynamic_ncols=True, disable=not FIRST) as bar:  # fmt: skip
+            train(run, data, bar)
+    if SIZE > 1:
+        dist.destroy_process_group()
+    if not FIRST:
+        return
+    if not kept.exists():
+        print("evaluating", flush=True)
+        about = evaluate.describe(config | {"epoch": run.epoch})
+        result = evaluate.evaluate(run.measured, data, about, probe=config["probe"])
+        write_json(kept, result)
+    print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
+    print(evaluate.table(json.loads(kept.read_text())))
+
+
+@contextlib.contextmanager
+def group() -> Iterator[None]:
+    """torchrun's processes as one group. A process that another one is lost to ends in one line."""
+    if SIZE == 1:
+        yield
+        return
+
+    def lost(*signal_and_frame: object) -> None:
+        raise UserError(
+            f"process {RANK + 1} of {SIZE} has lost another one: go on from the last checkpoint "
+            "with --resume, on any number of processes"
+        )
+
+    signal.signal(signal.SIGTERM, lost)  # torchrun ends the others so
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no class of its own
+        words = ("gloo", "nccl", "peer", "connection", "timed out")
+        if not any(word in str(error).lower() for word in words):
+            raise
+        lost()
 
 
 def main(argv: list[str] | None = None) -> None:
     p = parser()
     flags = vars(p.parse_args(argv))
     keep_freed_memory()
-    try:
-        if flags.pop("bench", False):
-            import bench
-
-            bench.command(flags)
-            return
-        if flags.pop("json", False):
-            raise UserError("--json is for --bench")
-        with parallel.group():
-            command(flags)
-    except UserError as error:
-        p.error(str(error))
-    except RuntimeError as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = str(error).strip().splitlines()[0]
-            p.error(f"--compile: PyTorch's compiler fails here ({reason}): leave it out")
-        # What went wrong first stands last: a recording that fails ends with an error of its own.
-        errors: list[BaseException] = [error]
-        while errors[-1].__context__ is not None:
-            errors.append(errors[-1].__context__)
-        no_memory = any(
-            isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e) for e in errors
-        )
-        if "captur" in str(error) and not no_memory:
-            reason = str(errors[-1]).strip().splitlines()[0]
-            p.error(f"an update cannot be recorded as a CUDA graph ({reason}): take --eager")
-        if not no_memory:
-            raise
-        p.error("out of memory: lower --batch-size, --channels or --latents, or --update sampled")
-    except KeyboardInterrupt:  # outside training, or the second one
-        raise SystemExit(130) from None
+    with one_line(p), group():
+        command(flags)
 
 
 if __name__ == "__main__":
