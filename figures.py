@@ -1,492 +1,367 @@
-"""The paper's figures from runs, and training curves and samples beside them.
+"""The paper's figures, training curves and samples, from runs.
 
-Each function makes one figure, or says by `Missing` what it would need. Figures of metrics (6, 7,
-curves) need the files of `results/` only, those of pictures and representations (1, 2, 5, samples)
-a checkpoint and the data.
+python figures.py runs/fashionmnist-* --out pictures
+python figures.py results/levels.jsonl --out pictures --rows "levels-?vae-rl-*"
+
+Figures 6, 7 and the curves need the numbers of a run alone. Figures 1, 2, 5 and the samples need
+its folder with the checkpoint, and the data.
 """
 
-from collections.abc import Callable, Iterator
-from functools import cached_property
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
-from matplotlib import patheffects
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from sklearn.manifold import TSNE
 from torch import Tensor
-from torch.distributions import Normal
+from torchvision.utils import make_grid
 
 import evaluate
 import tables
-from data import Data, to_unit
-from files import UserError, writing
+from data import pick_device, to_unit
+from files import Parser, one_line, writing
+from models import Network
 
 # Colours that the colour-blind tell apart: Okabe and Ito's for lines, Paul Tol's for ten classes.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "os^Dv<>P"
-CLASSES = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255",
-           "#AA4499", "#888888")  # fmt: skip
-NAMES = {
-    "digits": "digits", "mnist": "MNIST", "fashionmnist": "FashionMNIST", "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100", "stl10": "STL-10", "tinyimagenet": "TinyImageNet", "celeba": "CelebA",
-    "folder": "your images",
-}  # fmt: skip
+CLASSES = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933",
+           "#DDCC77", "#CC6677", "#882255", "#AA4499", "#888888")  # fmt: skip
+MARKERS = "os^Dv<>"
+BESIDE = dict(loc="upper left", bbox_to_anchor=(1, 1))  # where a legend hides nothing
+CURVES = ("KL of $z_L$, training images, nats", "probe of $z_L$, %", "ELBO, test images, nats")
+FLOOR = 1e-4  # nats: a smaller KL is drawn as this
+GRID = 9  # values of each dimension in a traversal
+LOOK = {"axes.titlesize": 11, "legend.fontsize": 9, "legend.frameon": False, "savefig.dpi": 130}
+matplotlib.rcParams.update(LOOK | {"figure.constrained_layout.use": True, "savefig.bbox": "tight"})
 
 
 class Missing(Exception):
     """What a figure would need, in words."""
 
 
-class Shown:
-    """A configuration's runs; its first run's model and data are read when they are asked for."""
+class Row(NamedTuple):
+    """Runs of one row by seed, with the model and the test images of the first one's checkpoint."""
 
-    def __init__(self, group: tables.Group, load: Callable[[dict], Data], device: torch.device):
-        self.label, self.runs, self.first = group.label, group.runs, group.first
-        self.dataset, self.load, self.device = group.first.config["dataset"], load, device
-
-    @property
-    def has_model(self) -> bool:
-        return not self.first.past and (self.first.folder / evaluate.CHECKPOINT).is_file()
-
-    @cached_property
-    def model(self):
-        state = evaluate.load_checkpoint(self.first.folder)
-        return evaluate.restore_model(state).to(self.device).eval()
-
-    @cached_property
-    def data(self) -> Data:
-        data = self.load(self.first.config)
-        if tuple(data.test.shape[1:]) != tuple(self.model.config.image):
-            raise UserError(f"{self.first.folder} was trained on other images than "
-                            f"{self.dataset} now has")  # fmt: skip
-        return data
+    label: str
+    dataset: str
+    method: str
+    levels: int
+    runs: list[tables.Run]
+    model: Network | None = None
+    images: Tensor | None = None  # (N, C, H, W) uint8
+    labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
 
 
-def with_models(shown: list[Shown]) -> list[Shown]:
-    found = [s for s in shown if s.has_model]
-    if not found:
-        raise Missing("a run with its checkpoint")
-    return found
+def load(group: tables.Group, device: torch.device, data_dir: str | None) -> Row:
+    first, dataset = group.first, group.first.config["dataset"]
+    label = group.label.removeprefix(f"{dataset}-")
+    row = Row(label, dataset, first.method, first.levels, group.runs)
+    if first.folder is None or not (first.folder / evaluate.CHECKPOINT).exists():
+        return row
+    model, config = evaluate.load_run(first.folder, device)
+    data = evaluate.load_data(config, data_dir)
+    labels, classes = data.test_labels, data.classes
+    if labels is None:
+        labels, classes = torch.zeros(len(data.test)), ("no labels",)
+    return row._replace(model=model, images=data.test, labels=labels, classes=classes)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
+def spread(row: Row, n: int) -> Tensor:
+    """The numbers of at most n test images of all classes, evenly spaced, class by class."""
+    order = row.labels.argsort(stable=True)
+    n = min(n, len(order))
+    return order[[int((i + 0.5) * len(order) / n) for i in range(n)]]
 
 
-def mosaic(pictures: Tensor, columns: int, gap: int = 1) -> np.ndarray:
-    """(N, C, H, W) in [0, 1] as one picture (H', W', C), white between them, row by row."""
-    n, c, h, w = pictures.shape
-    rows = -(-n // columns)
-    canvas = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, c))
-    for i, picture in enumerate(pictures.detach().cpu().permute(0, 2, 3, 1).float().numpy()):
-        top, left = i // columns * (h + gap), i % columns * (w + gap)
-        canvas[top : top + h, left : left + w] = picture
-    return canvas
+def level_names(levels: int) -> list[str]:
+    return [f"$z_{{{level + 1}}}$" for level in range(levels)]
 
 
-def show(axes, picture: np.ndarray) -> None:
-    axes.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0,
-                vmax=1, interpolation="nearest")  # fmt: skip
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+def panels(rows: list[Row], height: float) -> Iterator[tuple[Axes, Row]]:
+    """The axes of a figure with a panel a row, side by side."""
+    figure = Figure(figsize=(10, height))
+    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+        axes.set_title(row.label)
+        yield axes, row
 
 
-def of_many_classes(data: Data, n: int) -> Tensor:
-    """n test images (n, C, H, W) uint8, or as many as there are, of classes as many and as far
-    apart as n allows: the first of each class, then the second."""
-    if data.test_labels is None:
-        return data.test[:n]
-    labels = data.test_labels.numpy()
-    by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    if n < len(by_class):
-        few = np.linspace(0, len(by_class) - 1, n).round().astype(int)
-        by_class = [by_class[c] for c in few]
-    in_turn = [of[k] for k in range(max(map(len, by_class))) for of in by_class if k < len(of)]
-    return data.test[torch.as_tensor(np.array(in_turn[:n]))]
+def show(axes: Axes, pictures: Tensor, columns: int) -> None:
+    """Pictures (N, C, H, W) in [0, 1] row by row, white lines between them."""
+    grid = make_grid(pictures.cpu().float(), columns, padding=1, pad_value=1)
+    axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 @torch.no_grad()
-def skip_paths(shown: list[Shown]) -> Figure:
+def fig1_skip_paths(rows: list[Row]) -> Figure:
     """Figure 1: test images, and what each level's representation alone decodes of them."""
-    shown = with_models(shown)
-    columns = min(max(4, 20 // len(shown)), len(shown[0].data.test))
-    side = shown[0].data.test.shape[-1]
-    levels = max(s.first.levels for s in shown)
-    cell = 9.0 / len(shown) / columns
-    figure = Figure(figsize=(10, cell * (levels + 1) + 0.5), layout="constrained")
-    all_axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, s in zip(all_axes, shown, strict=True):
-        images = to_unit(of_many_classes(s.data, columns).to(s.device))
-        z = s.model.infer(images, sample=False).latents
-        paths = [s.model.generate([None] * k + z[k:]).mean for k in range(len(z))]
-        show(axes, mosaic(torch.cat([images, *paths]), columns))
-        axes.set_title(s.label, fontsize=11)
-        if axes is all_axes[0]:
-            names = ["input"] + [f"$z_{{{k + 1}}}$" for k in range(levels)]
-            axes.set_yticks([(side + 1) * k + side / 2 for k in range(len(names))], names)
-            axes.tick_params(length=0, labelsize=11)
-    return figure
+    columns, levels = max(4, 20 // len(rows)), max(row.levels for row in rows)
+    for axes, row in panels(rows, height=0.5 + 9 * (levels + 1) / columns / len(rows)):
+        images = to_unit(row.images[spread(row, columns)].to(row.model.zero.device))
+        z = row.model.infer(images, sample=False).latents
+        paths = [row.model.generate([None] * level + z[level:]).mean for level in range(len(z))]
+        show(axes, torch.cat([images, *paths]), len(images))
+        if row is rows[0] or row.levels != rows[0].levels:
+            middles = (np.arange(len(z) + 1) + 0.5) * (images.shape[-1] + 1)
+            axes.set_yticks(middles, ["input", *level_names(len(z))], fontsize=11)
+            axes.tick_params(length=0)
+    return axes.figure
 
 
 @torch.no_grad()
-def prior_samples(shown: list[Shown]) -> Figure:
+def samples(rows: list[Row]) -> Figure:
     """Samples from the prior: the pixels' means given an ancestral sample of the latents."""
-    shown = with_models(shown)
-    across = max(4, 20 // len(shown))
-    figure = Figure(figsize=(10, 9.7 / len(shown) + 0.5), layout="constrained")
-    for axes, s in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        with evaluate.seeded(s.device):
-            show(axes, mosaic(s.model.sample(across**2).mean, across))
-        axes.set_title(s.label, fontsize=11)
-    return figure
+    columns = max(4, 20 // len(rows))
+    for axes, row in panels(rows, height=0.5 + 9.7 / len(rows)):
+        with evaluate.seeded(row.model.zero.device):
+            show(axes, row.model.sample(columns**2).mean, columns)
+    return axes.figure
 
 
-# --------------------------------------------------------------------------------------------------
-# Representations
+def matches(a: list[Tensor], b: list[Tensor]) -> np.ndarray:
+    """(L, M): how well the units of each of a's levels (N, D) are found again in each of b's.
 
-
-def correlations(a: Tensor, b: Tensor) -> Tensor:
-    """(D, E): the absolute Pearson correlation of each unit of a (N, D) with each of b (N, E)."""
-    a, b = ((t.double() - t.double().mean(0)) for t in (a, b))
-    a, b = (t / t.norm(dim=0).clamp_min(1e-300) for t in (a, b))
-    return (a.T @ b).abs()
-
-
-def found_again(a: list[Tensor], b: list[Tensor]) -> np.ndarray:
-    """(L, M): how well an active unit of each level of `a` is found in each level of `b`.
-
-    The mean over the units of a's level of the largest absolute correlation with a unit of b's,
-    images along the first dimension; nan where either level has no active unit.
+    A unit's match is its largest absolute Pearson correlation with a unit of b's level. The value
+    is the mean over active units; nan where either level has none.
     """
-    a, b = ([z[:, z.var(dim=0) > evaluate.ACTIVE] for z in levels] for levels in (a, b))
-    out = np.full((len(a), len(b)), np.nan)
-    for i, of_a in enumerate(a):
-        for j, of_b in enumerate(b):
-            if of_a.shape[1] and of_b.shape[1]:
-                out[i, j] = correlations(of_a, of_b).max(dim=1).values.mean().item()
-    return out
+    values = np.full((len(a), len(b)), np.nan)
+    a, b = ([z.T[z.var(dim=0) > evaluate.ACTIVE].double().cpu() for z in x] for x in (a, b))
+    for (i, one), (j, other) in itertools.product(enumerate(a), enumerate(b)):
+        if len(one) and len(other):
+            r = np.corrcoef(one, other)[: len(one), len(one) :]
+            values[i, j] = np.abs(r).max(axis=1).mean()
+    return values
 
 
-def correlation(shown: list[Shown]) -> Figure:
-    """Figure 2: how well the units of a level are found again in a run of the same method that was
-    trained on other images; on the test images of the data set named first."""
-    found: dict[str, dict[str, Shown]] = {}  # by method and data set
-    for s in with_models(shown):
-        found.setdefault(s.first.method, {}).setdefault(s.dataset, s)
-    candidates = {name: list(of.values())[:2] for name, of in found.items() if len(of) > 1}
-    pairs = {
-        name: (a, b)
-        for name, (a, b) in candidates.items()
-        if a.model.config.image == b.model.config.image
-    }
-    same = {name: (a.dataset, b.dataset) for name, (a, b) in pairs.items()}
-    pairs = {name: pair for name, pair in pairs.items() if same[name] == next(iter(same.values()))}
+def fig2_correlation(rows: list[Row]) -> Figure:
+    """Figure 2: how well the units of a level are found again in a row of the same method on
+    another data set; on test images of the row named first."""
+    pairs = [
+        (a, b)
+        for a, b in itertools.combinations(rows, 2)
+        if a.method == b.method and a.dataset != b.dataset
+        if a.images.shape[1:] == b.images.shape[1:]
+    ]
     if not pairs:
-        raise Missing("two runs with checkpoints of one method, trained on two data sets whose "
-                      "images have the same shape")  # fmt: skip
-    figure = Figure(figsize=(3.1 * len(pairs) + 1.0, 3.9), layout="constrained")
+        raise Missing("checkpoints of one method on two data sets with images of one shape")
+    figure = Figure(figsize=(3.1 * len(pairs) + 1.0, 3.9))
     all_axes = figure.subplots(1, len(pairs), squeeze=False)[0]
-    for axes, (label, (a, b)) in zip(all_axes, pairs.items(), strict=True):
-        images = a.data.test
-        values = found_again(*(evaluate.representations(s.model, images) for s in (a, b)))
+    for axes, (a, b) in zip(all_axes, pairs, strict=True):
+        values = matches(*(evaluate.representations(row.model, a.images) for row in (a, b)))
         drawn = axes.imshow(values, cmap="cividis", vmin=0, vmax=1, origin="lower")
         axes.set_facecolor("0.85")
         for (i, j), value in np.ndenumerate(values):
             text = "none" if np.isnan(value) else f"{value:.2f}"
-            colour = "black" if np.isnan(value) or value > 0.55 else "white"
-            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=9)
-        for axis, run in ((axes.xaxis, b), (axes.yaxis, a)):
-            axis.set_ticks(range(run.first.levels),
-                           [f"$z_{{{k + 1}}}$" for k in range(run.first.levels)])  # fmt: skip
-        axes.set_title(label, fontsize=11)
-        axes.set_xlabel(f"trained on {NAMES[b.dataset]}")
-        if axes is all_axes[0]:
-            axes.set_ylabel(f"trained on {NAMES[a.dataset]}")
-    bar = figure.colorbar(drawn, ax=list(all_axes), shrink=0.8)
-    bar.set_label("largest |Pearson r|, mean over units")
-    figure.supxlabel(f"{NAMES[a.dataset]} test images; none: a level without an active unit",
-                     fontsize=9)  # fmt: skip
+            look = dict(color="white" if value <= 0.55 else "black", fontsize=9)
+            axes.text(j, i, text, ha="center", va="center", **look)
+        for axis, row in ((axes.xaxis, b), (axes.yaxis, a)):
+            axis.set_ticks(range(row.levels), level_names(row.levels))
+            axis.set_label_text(f"{row.label} trained on {row.dataset}")
+        axes.set_title(f"{a.method}, {a.dataset} images")
+    figure.colorbar(drawn, ax=list(all_axes), shrink=0.8, label="mean largest |Pearson r|")
     return figure
 
 
-def scatter_of_classes(axes, points: np.ndarray, labels: np.ndarray | None, names, named) -> None:
-    """Points (N, 2) coloured by class; with `named` its name where a class has most of its own."""
-    if labels is None:
-        axes.scatter(*points.T, s=5, color=LINES[0], linewidths=0)
-        return
-    few = len(names) <= len(CLASSES)
-    for c, name in enumerate(names):
-        of_class = points[labels == c]
-        colour = CLASSES[c] if few else None
-        axes.scatter(*of_class.T, s=5, color=colour, linewidths=0, alpha=0.8, label=str(name))
-    for c, name in enumerate(names if named and few else ()):
-        of_class = points[labels == c]
-        if not len(of_class):
-            continue
-        apart = np.linalg.norm(of_class[:, None] - of_class[None], axis=-1)
-        nearest = np.sort(apart, axis=1)[:, : max(2, len(of_class) // 3)]
-        axes.annotate(
-            str(name), of_class[nearest.mean(axis=1).argmin()], ha="center", va="center",
-            fontsize=9, weight="bold", color=CLASSES[c],
-            path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],
-        )  # fmt: skip
-
-
-GRID = 9  # traversed values a dimension
+def tsne(axes: Axes, row: Row, chosen: Tensor, top: Tensor) -> None:
+    """t-SNE of the test images' z_L (N, D), coloured by class. Without an active unit the means
+    differ by rounding errors alone: samples of the posteriors are drawn then."""
+    name = level_names(row.levels)[-1]
+    if top.var(dim=0).max() <= evaluate.ACTIVE:
+        name = f"samples of {name} (no active unit)"
+        top = evaluate.representations(row.model, row.images[chosen], sample=True)[-1]
+    method = TSNE(perplexity=min(30, len(top) // 3), random_state=0)
+    points = method.fit_transform(top.double().cpu().numpy())
+    labels, colours = row.labels[chosen].numpy(), CLASSES
+    if len(row.classes) > len(CLASSES):
+        colours = matplotlib.colormaps["turbo"](np.linspace(0, 1, len(row.classes)))
+    for k, label in enumerate(row.classes):
+        x, y = points[labels == k].T
+        axes.scatter(x, y, 5, color=colours[k], linewidths=0, alpha=0.8, label=label)
+    axes.set(xticks=[], yticks=[], title=f"{row.label}: t-SNE of {name}")
 
 
 @torch.no_grad()
-def latents(shown: list[Shown]) -> Figure:
-    """Figure 5: t-SNE of z_L's representation of 2,000 test images, and a traversal of z_L.
+def traversal(axes: Axes, row: Row, top: Tensor) -> None:
+    """Decodes z_L of the first test image, moved by the quantiles of N(0, 1), 5 % to 95 %, along
+    the two dimensions that vary most over the test images' z_L (N, D)."""
+    first, second = top.var(dim=0).topk(2).indices.tolist()
+    steps = torch.special.ndtri(torch.linspace(0.05, 0.95, GRID)).to(top)
+    z = evaluate.representations(row.model, row.images[:1])[-1].repeat(GRID**2, 1)
+    z[:, first] += steps.repeat(GRID)
+    z[:, second] -= steps.repeat_interleave(GRID)
+    z = z.view(-1, *row.model.latent_shapes[-1])
+    pixels = row.model.generate([None] * (row.levels - 1) + [z]).mean
+    show(axes, pixels, GRID)
+    side, middle = pixels.shape[-1] + 1, GRID // 2
+    frame = (middle * side, middle * side), side, side
+    axes.add_patch(Rectangle(*frame, fill=False, color="#D62728", linewidth=2))
+    x, y = (f"dimension {k + 1} of {level_names(row.levels)[-1]}" for k in (first, second))
+    axes.set(xlabel=x, ylabel=y, title=f"{row.label}: traversal around a test image")
 
-    The means of a level without an active unit are equal but for rounding: it is shown by samples
-    of its posteriors. The traversal starts from one test image, whose decoded z_L is the middle,
-    and moves the two dimensions of z_L that vary most over the images by the quantiles of N(0, 1),
-    5 % to 95 %.
-    """
-    shown = with_models(shown)
-    figure = Figure(figsize=(9.4, 4.7 * len(shown)), layout="constrained")
-    grid = figure.subplots(len(shown), 2, squeeze=False)
-    steps = Normal(0.0, 1.0).icdf(torch.linspace(0.05, 0.95, GRID))
-    steps[GRID // 2] = 0.0
-    for (left, right), s in zip(grid, shown, strict=True):
-        data, name = s.data, f"$z_{{{s.first.levels}}}$"
-        top = evaluate.representations(s.model, data.test[:2000])[-1]
-        of_what, collapsed = name, top.var(dim=0).max() <= evaluate.ACTIVE
-        points = top
-        if collapsed:
-            of_what = f"samples of {name} (no active unit)"
-            with evaluate.seeded(s.device):
-                points = evaluate.representations(s.model, data.test[:2000], sample=True)[-1]
-        if len(top) < 3:
-            raise Missing("three test images")
-        perplexity = min(30.0, (len(top) - 1) / 3)
-        start = "pca" if top.shape[1] > 1 else "random"
-        tsne = TSNE(init=start, perplexity=perplexity, random_state=0)
-        points = tsne.fit_transform(points.double().cpu().numpy())
-        labels = None if data.test_labels is None else data.test_labels[:2000].numpy()
-        scatter_of_classes(left, points, labels, data.classes, named=not collapsed)
-        left.set_xticks([])
-        left.set_yticks([])
-        left.margins(0.08)
-        left.set_title(f"{s.label}: t-SNE of {of_what}", fontsize=11)
 
-        first, second = top.var(dim=0).topk(2).indices.tolist() if top.shape[1] > 1 else (0, 0)
-        anchor = s.model.infer(to_unit(data.test[:1].to(s.device)), sample=False).latents[-1]
-        z = anchor.repeat(GRID**2, *[1] * (anchor.dim() - 1)).flatten(1)
-        z[:, first] += steps.repeat(GRID).to(z)
-        if second != first:
-            z[:, second] -= steps.repeat_interleave(GRID).to(z)
-        z = z.view(-1, *anchor.shape[1:])
-        pixels = s.model.generate([None] * (s.first.levels - 1) + [z]).mean
-        show(right, mosaic(pixels, GRID))
-        side, middle = pixels.shape[-1], GRID // 2
-        corner = middle * (side + 1) - 1
-        right.add_patch(Rectangle((corner, corner), side + 1, side + 1, fill=False,
-                                  edgecolor="#D62728", linewidth=2))  # fmt: skip
-        image = "image"
-        if data.test_labels is not None and data.classes:
-            image = f"image ({data.classes[int(data.test_labels[0])]})"
-        right.set_title(f"{s.label}: traversal around a test {image}", fontsize=11)
-        right.set_xlabel(f"dimension {first + 1} of {name}")
-        right.set_ylabel(f"dimension {second + 1} of {name}")
-    handles, names = grid[0, 0].get_legend_handles_labels()
-    if 0 < len(names) <= len(CLASSES):
-        figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False,
-                      fontsize=9, markerscale=3)  # fmt: skip
+def fig5_latents(rows: list[Row]) -> Figure:
+    """Figure 5: t-SNE of z_L for 2,000 test images, and a traversal of two of its dimensions."""
+    if any(row.model.latent_shapes[-1] == (1,) for row in rows):
+        raise Missing("top levels of two dimensions or more")
+    figure = Figure(figsize=(9.4, 4.7 * len(rows)))
+    grid = figure.subplots(len(rows), 2, squeeze=False)
+    for (left, right), row in zip(grid, rows, strict=True):
+        chosen = spread(row, 2000)
+        top = evaluate.representations(row.model, row.images[chosen])[-1]
+        tsne(left, row, chosen, top)
+        traversal(right, row, top)
+    if len(rows[0].classes) <= len(CLASSES):
+        handles, names = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=5, markerscale=3)
     return figure
 
 
-# --------------------------------------------------------------------------------------------------
-# Metrics
+def mean_std(seeds: list) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (n - 1; 0 of one seed) along the first dimension."""
+    return np.mean(seeds, axis=0), np.std(seeds, axis=0, ddof=min(1, len(seeds) - 1))
 
 
-def lines_of(shown: list[Shown]) -> list[tuple[Shown, dict]]:
-    """Each configuration with the look of its line."""
-    return [
-        (s, dict(color=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)],
-                 linestyle=dash(s.first.method), label=s.label, markersize=5))
-        for i, s in enumerate(shown)
-    ]  # fmt: skip
+def line_style(number: int, method: str) -> dict:
+    """Of the number-th line: solid with RL, dotted by IVAE, dashed by the ELBO."""
+    dash = {"RL": "-", "IVAE": ":"}.get(method.partition("+")[2], "--")
+    colour, marker = LINES[number % len(LINES)], MARKERS[number % len(MARKERS)]
+    return dict(color=colour, marker=marker, linestyle=dash, markersize=5)
 
 
-def dash(method: str) -> str:
-    """Solid with reinforcement learning, dashed by the ELBO, dotted for IVAE."""
-    return {"RL": "-", "IVAE": ":"}.get(method.partition("+")[2], "--")
-
-
-def tidy(axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+def tidy(axes: Axes, x: str, y: str, title: str = "") -> None:
+    axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def mean_and_std(values: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
-    array = np.array(values)
-    return array.mean(0), array.std(0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1])
-
-
-def depth(shown: list[Shown]) -> Figure:
-    """Figure 6: the probe of z_L by the number of levels, mean and standard deviation over seeds,
-    and the paper's values (Tables 1 and 5) where it has them."""
-    lines: dict[str, tuple[str, dict[int, list[float]]]] = {}  # label: method, probes by levels
-    runs = [run for s in shown for run in s.runs]
-    latents: dict[tuple, set] = {}
-    for run in runs:
-        latents.setdefault((run.method, run.levels), set()).add(run.config["latents"])
-    apart = any(len(names) > 1 for names in latents.values())  # one depth, several widths
-    for label, of_one in tables.groups(runs, ("levels",) if apart else ("levels", "latents")):
-        by_levels: dict[int, list[float]] = {}
-        for run in of_one:
-            if "probe" in (m := tables.measures(run)):
-                by_levels.setdefault(run.levels, []).append(m["probe"])
-        if len(by_levels) > 1:
-            lines[label] = of_one[0].method, by_levels
+def fig6_depth(rows: list[Row]) -> Figure:
+    """Figure 6: the probe of z_L by the number of levels, a line a method, mean and standard
+    deviation over seeds; beside it the paper's values (Tables 1 and 5)."""
+    lines: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.levels):
+        if "probe" in tables.measures(row.runs[0]):
+            lines.setdefault(row.method, []).append(row)
+    lines = {method: line for method, line in lines.items() if line[0].levels < line[-1].levels}
     if not lines:
         raise Missing("runs that differ in --levels, on images with labels")
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    dataset = shown[0].dataset
-    for i, (label, (name, levels)) in enumerate(lines.items()):
-        x = sorted(levels)
-        y = [np.mean(levels[n]) for n in x]
-        error = [np.std(levels[n], ddof=1) if len(levels[n]) > 1 else 0.0 for n in x]
-        look = dict(color=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)])
-        axes.errorbar(x, y, error, linestyle=dash(name), label=label, capsize=3, **look)
-        theirs = {n: tables.paper(dataset, name, n, 0.9).get("probe") for n in range(2, 11)}
-        theirs = {n: float(text.split("±")[0]) for n, text in theirs.items() if text}
-        if theirs:
-            look |= dict(markerfacecolor="white", linestyle="none", label=f"{name}, paper")
-            axes.plot(list(theirs), list(theirs.values()), **look)
+    axes = Figure(figsize=(6.4, 4.2), layout="none").subplots()
+    for i, (method, line) in enumerate(lines.items()):
+        levels, style = [row.levels for row in line], line_style(i, method)
+        stats = [mean_std([tables.measures(run)["probe"] for run in row.runs]) for row in line]
+        axes.errorbar(levels, *zip(*stats, strict=True), label=method, capsize=3, **style)
+        papers = {n: tables.paper(rows[0].dataset, method, n, gamma=0.9) for n in range(2, 11)}
+        y = [float(paper.get("probe", "nan").split("±")[0]) for paper in papers.values()]
+        if not np.isnan(y).all():
+            style |= dict(markerfacecolor="white", linestyle="none", label=f"{method}, paper")
+            axes.plot(list(papers), y, **style)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    tidy(axes, "levels L", "probe of $z_L$, %")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=9, ncols=2)
-    axes.set_title(NAMES[dataset], fontsize=11)
-    return figure
+    axes.legend(**BESIDE)
+    tidy(axes, "levels L", "probe of $z_L$, %", rows[0].dataset)
+    return axes.figure
 
 
-FLOOR = 1e-4  # nats below which a KL is drawn as this
-
-
-def kl_of_levels(shown: list[Shown]) -> Figure:
-    """Figure 7: the KL of each level on the test images, mean and standard deviation over seeds."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    looks = lines_of(shown)
-    for nth, (s, look) in enumerate(looks):
-        mean, std = mean_and_std([run.evaluation["kl"] for run in s.runs])
+def fig7_kl(rows: list[Row]) -> Figure:
+    """Figure 7: the KL of each level on test images, mean and standard deviation over seeds."""
+    axes = Figure(figsize=(6.4, 4.2), layout="none").subplots()
+    for i, row in enumerate(rows):
+        mean, std = mean_std([run.evaluation["kl"] for run in row.runs])
         mean = np.maximum(mean, FLOOR)
-        x = np.arange(1, len(mean) + 1) + 0.05 * (nth - (len(looks) - 1) / 2)  # none hides another
-        axes.plot(x, mean, **look)
-        if len(s.runs) > 1:
-            error = np.minimum(std, mean - FLOOR), std
-            axes.errorbar(x, mean, error, linestyle="none", color=look["color"], capsize=3)
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=FLOOR * 0.7)
-    levels = max(s.first.levels for s in shown)
-    axes.set_xticks(range(1, levels + 1), [f"$z_{{{k}}}$" for k in range(1, levels + 1)])
-    tidy(axes, "level", f"KL, nats (below {FLOOR:g} drawn there)")
-    axes.legend(frameon=False, fontsize=9)
-    axes.set_title(NAMES[shown[0].dataset], fontsize=11)
+        x = np.arange(1, len(mean) + 1) + 0.05 * (i - (len(rows) - 1) / 2)  # beside each other
+        axes.errorbar(x, mean, std, label=row.label, capsize=3, **line_style(i, row.method))
+    levels = max(row.levels for row in rows)
+    axes.set_xticks(range(1, levels + 1), level_names(levels))
+    axes.set(yscale="log", ylim=(FLOOR * 0.7, None))
+    axes.legend(**BESIDE)
+    tidy(axes, "level", f"KL, nats (below {FLOOR:g} drawn there)", row.dataset)
+    return axes.figure
+
+
+def course(run: tables.Run) -> np.ndarray:
+    """(epochs, 4): minutes of training, and CURVES, nan where --eval-every measured nothing."""
+    values, last = np.empty((len(run.metrics), 4)), tables.measures(run)
+    for i, line in enumerate(run.metrics):
+        test = line.get("test", last if line is run.metrics[-1] else {})
+        kl = max(line["kl"][-1], FLOOR)
+        values[i] = line["seconds"] / 60, kl, test.get("probe"), test.get("elbo")
+    return values
+
+
+def curves(rows: list[Row]) -> Figure:
+    """KL, probe and ELBO in training, by minutes and by epochs: mean and standard deviation over
+    seeds, of the epochs that all have."""
+    figure = Figure(figsize=(12.6, 6.9))
+    grid = figure.subplots(2, len(CURVES), sharey="col")
+    for i, row in enumerate(rows):
+        courses = [course(run) for run in row.runs]
+        epochs = np.arange(1, 1 + min(map(len, courses)))
+        mean, std = mean_std([values[: len(epochs)] for values in courses])
+        style = line_style(i, row.method) | dict(markersize=2)
+        for k, (above, below) in enumerate(grid.T, 1):
+            measured = np.isfinite(mean[:, k])
+            y, error = mean[measured, k], std[measured, k]
+            for axes, x in ((above, mean[measured, 0]), (below, epochs[measured])):
+                axes.plot(x, y, label=row.label, **style)
+                axes.fill_between(x, y - error, y + error, color=style["color"], alpha=0.2, lw=0)
+    for name, (above, below) in zip(CURVES, grid.T, strict=True):
+        tidy(above, "minutes of training", name)
+        tidy(below, "epochs", name)
+    grid[0, 0].set_yscale("log")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 
-CURVES = ("KL of $z_L$, training images, nats", "probe of $z_L$, %", "ELBO, test images, nats")
-
-
-def course(run: tables.Run) -> list[dict[int, tuple[float, float]]]:
-    """Of each of CURVES, by epoch: the minutes of training until then, and the value."""
-    found: list[dict[int, tuple[float, float]]] = [{} for _ in CURVES]
-    for line in run.metrics:
-        test = line.get("test", {})
-        if line is run.metrics[-1] and not test:  # after the last epoch all is measured
-            test = {"probe": tables.measures(run).get("probe"), "elbo": run.evaluation.get("elbo")}
-        values = max(line["kl"][-1], FLOOR), test.get("probe"), test.get("elbo")
-        for of_one, value in zip(found, values, strict=True):
-            if value is not None:
-                of_one[line["epoch"]] = line["seconds"] / 60, value
-    return found
-
-
-def curves(shown: list[Shown]) -> Figure:
-    """Training curves over the training time, and below over the epochs, mean and standard
-    deviation over seeds: KL of z_L, and of the test split probe and ELBO."""
-    drawn: dict[str, list[tuple[dict, tuple, np.ndarray, np.ndarray]]] = {}
-    for s, look in lines_of(shown):
-        courses = [course(run) for run in s.runs]
-        for name, of_seeds in zip(CURVES, zip(*courses, strict=True), strict=True):
-            of_seeds = [c for c in of_seeds if c]
-            epochs = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
-            if epochs:
-                minutes, _ = mean_and_std([[c[epoch][0] for epoch in epochs] for c in of_seeds])
-                mean, std = mean_and_std([[c[epoch][1] for epoch in epochs] for c in of_seeds])
-                style = look | {"marker": "o" if len(epochs) == 1 else None}
-                drawn.setdefault(name, []).append((style, (minutes, epochs), mean, std))
-    if not drawn:
-        raise Missing("runs with their metrics.jsonl")
-    figure = Figure(figsize=(4.2 * len(drawn), 6.9), layout="constrained")
-    all_axes = figure.subplots(2, len(drawn), squeeze=False)
-    for row, spent in enumerate(("minutes of training", "epochs")):
-        for axes, (name, lines) in zip(all_axes[row], drawn.items(), strict=True):
-            for style, x, mean, std in lines:
-                axes.plot(x[row], mean, **style)
-                if std.any():
-                    low = np.maximum(mean - std, FLOOR) if name == CURVES[0] else mean - std
-                    axes.fill_between(x[row], low, mean + std, color=style["color"], alpha=0.2,
-                                      linewidth=0)  # fmt: skip
-            if name == CURVES[0]:
-                axes.set_yscale("log")
-            axes.set_xlim(left=0)
-            tidy(axes, spent, name)
-    handles, labels = all_axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return figure
-
-
-# --------------------------------------------------------------------------------------------------
-
-OF_ONE_DATASET = {
-    "fig1-skip-paths": skip_paths,
-    "fig5-latents": latents,
-    "fig6-depth": depth,
-    "fig7-kl": kl_of_levels,
-    "curves": curves,
-    "samples": prior_samples,
-}
-
-
-def draw(
-    runs: list[tables.Run],
-    folder: Path,
-    load: Callable[[dict], Data],
-    device: torch.device,
-    dpi: int = 130,
-) -> Iterator[str]:
-    """Writes every figure that the runs allow as PNG into a folder, one for each data set; says
-    line by line what was written and what was not. `load` gives a configuration's data."""
-    shown = [Shown(group, load, device) for group in tables.groups(runs)]
-    given = {run.folder: position for position, run in enumerate(runs)}
-    as_given = sorted(shown, key=lambda s: min(given[run.folder] for run in s.runs))
-    wanted = [("fig2-correlation", correlation, as_given)]
-    for dataset in dict.fromkeys(s.dataset for s in shown):
-        here = [s for s in shown if s.dataset == dataset]
-        wanted += [(f"{name}-{dataset}", make, here) for name, make in OF_ONE_DATASET.items()]
-    with writing(folder, replace=False):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, make, of in wanted:
-        path = folder / f"{name}.png"
+def draw(rows: list[Row], folder: Path) -> Iterator[str]:
+    """Writes every figure that the rows allow as PNG into a folder; says line by line what was
+    written, and what the others would need."""
+    wanted = [(fig2_correlation, "", [row for row in rows if row.model is not None])]
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        here = [row for row in rows if row.dataset == dataset]
+        wanted += [(make, f"-{dataset}", here) for make in (fig6_depth, fig7_kl, curves)]
+        here = [row for row in here if row.model is not None]
+        wanted += [(make, f"-{dataset}", here) for make in (fig1_skip_paths, fig5_latents, samples)]
+    for make, suffix, shown in wanted:
+        path = folder / f"{make.__name__.replace('_', '-')}{suffix}.png"
         try:
-            figure = make(of)
+            if not shown:
+                raise Missing("a run folder with its checkpoint")
+            figure = make(shown)
         except Missing as what:
-            yield f"not made: {name}.png needs {what}"
+            yield f"not made: {path.name} needs {what}"
             continue
-        with writing(path) as beside:
-            figure.savefig(beside, dpi=dpi, format="png", bbox_inches="tight", pad_inches=0.06)
+        with writing(path) as temporary:
+            figure.savefig(temporary, format="png")
         yield str(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description="Draw what runs allow of the paper's figures, as PNG files.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or a .jsonl file")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where they go")
+    parser.add_argument("--rows", default="*", metavar="GLOB,GLOB", help="only rows so named")
+    parser.add_argument("--data-dir", help="folder of the data sets (default: the run's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    args = parser.parse_args(argv)
+    with one_line(parser):
+        try:
+            groups = tables.groups(tables.choose(tables.read(args.runs), args.rows.split(",")))
+        except tables.BadRun as error:
+            parser.error(str(error))
+        device = pick_device(args.device)
+        rows = [load(group, device, args.data_dir) for group in groups]
+        args.out.mkdir(parents=True, exist_ok=True)
+        for line in draw(rows, args.out):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
