@@ -339,8 +339,7 @@ def through(prior: Independent, skip: str) -> Tensor:
 class Hierarchy(Network):
     """The generative model of HVAE and LVAE: p(x|z_1) p(z_1|z_2) ... p(z_L).
 
-    It is Markov: given z_l nothing above it reaches x, which is what makes p(x|z_l) of Eq. 24 a skip
-    path.
+    It is Markov: given z_l nothing above it reaches x. That makes p(x|z_l) of Eq. 24 a skip path.
     """
 
     order: tuple[int, ...]  # of the levels in inference, Eq. 3

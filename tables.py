@@ -90,7 +90,8 @@ def read(paths: Iterable[str | Path]) -> list[Run]:
             else:
                 config, evaluation = (json.loads(file.read_text()) for file in (config, evaluation))
                 metrics = [*map(json.loads, (path / "metrics.jsonl").read_text().splitlines())]
-                here = [Run(path.resolve().name, config["seed"], config, evaluation, metrics, path)]
+                about = path.resolve().name, config["seed"], config, evaluation, metrics
+                here = [Run(*about, path, evaluation.get("commit"))]
             for run in here:  # what every table needs
                 _ = measures(run)["kl"], reported(run), run.row
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -112,10 +113,9 @@ def pack(runs: list[Run], path: Path) -> None:
     if path.suffix != ".jsonl" or path.exists():
         raise BadRun(f"--pack {path}: name a new file that ends in .jsonl")
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        for run in runs:
-            fields = run._replace(folder=None)._asdict()
-            file.write(json.dumps({k: v for k, v in fields.items() if v is not None}) + "\n")
+    fields = (run._replace(folder=None)._asdict() for run in runs)
+    lines = (json.dumps({k: v for k, v in f.items() if v is not None}) + "\n" for f in fields)
+    temporary.write_text("".join(lines))
     os.replace(temporary, path)
 
 

@@ -488,6 +488,7 @@ def group() -> Iterator[None]:
         return
 
     def lost(*signal_and_frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one line is enough
         raise UserError(
             f"process {RANK + 1} of {SIZE} has lost another one: go on from the last checkpoint "
             "with --resume, on any number of processes"
