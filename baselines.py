@@ -151,8 +151,7 @@ class AAE(Hierarchy):
 
 
 # --------------------------------------------------------------------------------------------------
-# The adversarial autoencoder's three losses, in the order of `phases`. The KL has no part in them
-# and is only reported.
+# The adversarial autoencoder's losses. The KL has no part in them and is only reported.
 
 
 def reconstruction_loss(model, x: Tensor) -> Loss:
@@ -180,3 +179,6 @@ def confusion_loss(model, x: Tensor) -> Loss:
 def odds(model, z: Tensor) -> Tensor:
     """(B,): log D(z) / (1 - D(z)), never below float32."""
     return full_precision(model.discriminator(z))
+
+
+AAE_LOSSES = reconstruction_loss, discriminator_loss, confusion_loss  # in the order of `phases`

@@ -55,9 +55,9 @@ class Statistics(nn.Module):
         )
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        of_x, of_z = self.first.weight.split([len(self.x.mean), len(self.z.mean)], dim=1)
-        h = F.linear(self.z(z.flatten(0, 1)), of_z).unflatten(0, z.shape[:2])
-        return self.net(h + F.linear(self.x(x), of_x, self.first.bias)).squeeze(-1)
+        x_weight, z_weight = self.first.weight.split([len(self.x.mean), len(self.z.mean)], dim=1)
+        h = F.linear(self.z(z.flatten(0, 1)), z_weight).unflatten(0, z.shape[:2])
+        return self.net(h + F.linear(self.x(x), x_weight, self.first.bias)).squeeze(-1)
 
 
 def log_mean_exp(t: Tensor) -> Tensor:

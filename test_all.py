@@ -34,7 +34,6 @@ import pytest
 import torch
 import torchvision
 from matplotlib.colors import to_hex
-from scipy.special import expit
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.multiclass import OneVsOneClassifier
@@ -306,6 +305,10 @@ def eight_bit(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape).double() / 255
 
 
+def sigmoid(v: float) -> float:
+    return 1 / (1 + math.exp(-v)) if v > 0 else math.exp(v) / (1 + math.exp(v))
+
+
 def literal_log_prob(raw: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Section 2.1 and 2.2 of PixelCNN++ as they stand, pixel by pixel, bin by bin, on floats."""
     channels, half = x.shape[0], 1 / 255
@@ -319,8 +322,8 @@ def literal_log_prob(raw: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
                 m = mean[k * channels + c]
                 m += sum(math.tanh(next(coefficient)) * pixel[before] for before in range(c))
                 scale = math.exp(min(max(log_scale[k * channels + c], -7), 7))
-                above = 1.0 if pixel[c] > 1 - half else expit((pixel[c] + half - m) / scale)
-                below = 0.0 if pixel[c] < half - 1 else expit((pixel[c] - half - m) / scale)
+                above = 1.0 if pixel[c] > 1 - half else sigmoid((pixel[c] + half - m) / scale)
+                below = 0.0 if pixel[c] < half - 1 else sigmoid((pixel[c] - half - m) / scale)
                 term *= above - below
             probability += term
         total += math.log(probability)

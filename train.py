@@ -56,10 +56,7 @@ def losses(
 ) -> list[Callable[[nn.Module, Tensor], rewards.Loss]]:
     """The losses that a batch is used for, functions of model and x, one optimiser step each."""
     if config["arch"] == "aae":
-        return [
-            getattr(baselines, f"{n}_loss")
-            for n in ("reconstruction", "discriminator", "confusion")
-        ]
+        return list(baselines.AAE_LOSSES)
     terms = dict(beta=beta, free_bits=free_bits)
     if not (config["rl"] or config["ivae"]):
         return [partial(rewards.elbo_loss, **terms)]
