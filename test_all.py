@@ -1445,7 +1445,8 @@ def test_resume_equals_uninterrupted(few, tmp_path, monkeypatch, capsys, objecti
 
 
 KILLED = """
-import os, signal, sys, train
+import os, signal, sys, torch, train
+torch.set_num_threads(1)  # as the tests have it
 train.SAVE_EVERY, saves = 0, []
 def fsync(file):
     saves.append(file)
