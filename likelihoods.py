@@ -76,7 +76,7 @@ class LogisticMixture(Distribution):
     def log_prob(self, x: Tensor) -> Tensor:
         """(B,): log p(x) of x (B, C, H, W), in nats."""
         x = F.pixel_unshuffle(x, self.patch).view(len(x), self.channels, -1)  # (B, C, N)
-        if self.raw.device.type != "cpu":
+        if self.raw.device.type != "cpu" or x.requires_grad:
             return self._log_prob(self.raw, x)
         return InChunks.apply(self._log_prob, max(1, self.CHUNK // x.shape[2]), self.raw, x)
 
@@ -168,5 +168,7 @@ class InChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, by_value: Tensor) -> tuple[None, None, Tensor, None]:
+        if torch.is_grad_enabled():  # with create_graph; the gradient kept has no graph of its own
+            raise RuntimeError("no second derivative: take an x that requires a gradient")
         (gradient,) = ctx.saved_tensors
         return None, None, gradient * by_value.view(-1, *[1] * (gradient.dim() - 1)), None
