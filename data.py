@@ -87,7 +87,8 @@ def load(
 
     `image_size` is the side of the images of "folder" (default 32). `unlabelled` adds STL-10's
     unlabelled images. `threshold` makes grey images black and white: 255 where a pixel is above
-    127, else 0. `train_images` keeps the first so many to train on.
+    127, else 0. `train_images` keeps so many to train on: the first, or evenly spaced ones where
+    they come class by class.
     """
     folder = Path(data_dir)
     channels, side, _ = image_shape(name, image_size)
@@ -115,8 +116,17 @@ def load(
     if train_images is not None and train_images > len(data.to_train_on):
         raise UserError(f"--train-images {train_images}: there are {len(data.to_train_on):,}")
     parts = (data.train, data.train_labels, data.unlabelled)
-    images, labels, more = (part if part is None else part[:train_images] for part in parts)
+    # These come class by class, so that the first images would be of the first classes.
+    spread = name in ("tinyimagenet", "folder") and train_images is not None
+    rows = evenly(len(data.train), train_images) if spread else slice(train_images)
+    images, labels, more = (part if part is None else part[rows] for part in parts)
     return data._replace(train=images, train_labels=labels, unlabelled=more)
+
+
+def evenly(images: int, n: int) -> Tensor:
+    """The numbers of n of so many images, or of all, evenly spaced."""
+    n = min(n, images)
+    return torch.arange(n) * images // n
 
 
 PLACES = {

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 
 import models
 from data import DATASETS, SHAPES, image_shape
@@ -123,8 +124,11 @@ def defaults(given: dict) -> dict:
     if config["free_bits_epochs"] is None:
         config["free_bits_epochs"] = config["epochs"]
     objective = "-rl" if config["rl"] else "-ivae" if config["ivae"] else ""
-    name = f"{config['dataset']}-{config['arch']}{objective}-{config['seed']}"
-    return {"out": f"runs/{name}"} | config
+    dataset = config["dataset"]
+    if dataset == "folder":  # which one is part of what is trained
+        dataset = Path(config["data_dir"]).resolve().name
+    name = f"{dataset}-{config['arch']}{objective}-{config['seed']}"
+    return {"out": f"runs/{name}", "given": given} | config
 
 
 def network(config: dict) -> models.Config:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 PAPER = Path(__file__).parent / "results" / "paper.csv"  # its Tables 1 to 5
 LATENTS = {"grey": "128,64,32,16,8", "colour": "128c,64c,256,128,64"}  # of its text
-NOT_COMPARED = {"seed", "out", "data_dir", "device", "eager", "eval_every", "probe"}
+NOT_COMPARED = {"seed", "out", "data_dir", "device", "eager", "eval_every", "probe", "given"}
 
 MEASURES = {  # name: heading, decimals, its place in an evaluation; lists bottom to top
     "probe": ("z_L probe %", 2, lambda e, z: e["probe"][z]),
@@ -125,8 +125,9 @@ def at_epoch(run: Run, epoch: int) -> Run:
     if not lines or lines[-1]["epoch"] < epoch or "test" not in lines[-1]:
         raise BadRun(f"{run.name} was not evaluated at epoch {epoch}: see train.py --eval-every")
     test, whole = lines[-1]["test"], run.evaluation
-    evaluation = {"kl": test["kl"], "elbo": test["elbo"]}
-    evaluation["bpd"] = whole["bpd"] * test["elbo"] / whole["elbo"]
+    evaluation = {key: test[key] for key in ("kl", "elbo") if key in test}
+    if "elbo" in test and "elbo" in whole:
+        evaluation["bpd"] = whole["bpd"] * test["elbo"] / whole["elbo"]
     if "probe" in test:
         evaluation["probe"] = {f"z{run.levels}": test["probe"]}
     return run._replace(evaluation=evaluation, metrics=lines)
@@ -141,7 +142,8 @@ def groups(runs: Iterable[Run]) -> list[Group]:
             raise BadRun(f"row {run.row} has seed {run.seed} twice: name one of them")
         row[run.seed] = run
         first = next(iter(row.values()))
-        for key in (first.config.keys() | run.config.keys()) - NOT_COMPARED:
+        ours = {"data_dir"} if run.config["dataset"] == "folder" else set()  # whose images differ
+        for key in (first.config.keys() | run.config.keys()) - NOT_COMPARED | ours:
             a, b = first.config.get(key), run.config.get(key)
             if (a or None) != (b or None):  # a setting that is absent is off
                 raise BadRun(f"{first.name} and {run.name} differ in {key}, {a} and {b}")

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import baselines
@@ -158,13 +158,23 @@ def update(run: "Run", x: Tensor, beta: float, free_bits: float) -> Tensor:
 # The state of a run
 
 
+@torch.no_grad()
+def average(decay: float, averaged: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
+    """The moving average of the weights after n updates, in place. Its decay is at most (1 + n) /
+    (10 + n), so that the first weights are soon forgotten."""
+    keep = (1 + n) / (10 + n)
+    for mean, weight in zip(averaged, weights, strict=True):
+        mean.lerp_(weight, 1 - keep.clamp(max=decay))
+
+
 class Run:
     """Model, optimisers and where training stands; kept in checkpoint.pt."""
 
     PLAIN = ("epoch", "batch", "updates", "seconds", "metrics")
 
-    def __init__(self, config: dict, device: torch.device):
+    def __init__(self, config: dict, device: torch.device, data: Data | None = None):
         self.config, self.device, self.folder = config, device, Path(config["out"])
+        self.images = data and [len(data.to_train_on), len(data.test), *data.classes]
         torch.manual_seed(config["seed"])
         self.model = baselines.build(network(config)).to(device)
         parts, options = [list(self.model.parameters())], [{"lr": config["lr"]}]
@@ -186,8 +196,7 @@ class Run:
         ]
         self.averaged = None
         if config["ema"]:
-            average = get_ema_multi_avg_fn(config["ema"])
-            self.averaged = AveragedModel(self.model, multi_avg_fn=average)
+            self.averaged = AveragedModel(self.model, multi_avg_fn=partial(average, config["ema"]))
         self.dtype = pick_dtype(config["dtype"], device)
         self.objective = Objective(self.model)
         if SIZE > 1:
@@ -236,6 +245,7 @@ class Run:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "sums": self.sums,
+            "images": self.images,
             **{key: getattr(self, key) for key in self.PLAIN},
         }
         with writing(self.folder / evaluate.CHECKPOINT) as beside, open(beside, "wb") as file:
@@ -246,6 +256,11 @@ class Run:
             beside.write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
 
     def restore(self, state: dict) -> None:
+        if state["images"] != self.images:
+            raise UserError(
+                f"{self.folder} was trained on other images: {state['images'][0]:,} and "
+                f"{state['images'][1]:,} of {len(state['images']) - 2} classes; they have changed"
+            )
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["ema"])
@@ -376,7 +391,10 @@ def stop_signal() -> Iterator[list[int]]:
 
 
 def prepare(flags: dict) -> tuple[dict, dict | None]:
-    """The configuration of the run and, where it goes on, its checkpoint. Checks the folder."""
+    """The configuration of the run and, where it goes on, its checkpoint. Checks the folder.
+
+    What was not given is decided anew on --resume: by the new --epochs, if there are such.
+    """
     overwrite, resume = flags.pop("overwrite", False), flags.pop("resume", None)
     if resume is None:
         config = defaults(flags)
@@ -393,15 +411,18 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
         raise UserError(f"--resume {resume} and --out {flags['out']} name two runs: choose one")
     flags.setdefault("out", defaults(flags)["out"])
     state = evaluate.load_checkpoint(Path(flags["out"]))
-    config = state["config"]
     for key, value in flags.items():
-        if key not in MAY_CHANGE and value != config[key]:
+        if key not in MAY_CHANGE and value != state["config"][key]:
             raise UserError(
-                f"the run in {flags['out']} has --{key.replace('_', '-')} {config[key]}, not "
-                f"{value}: leave the flag out, or start a new run with --out"
+                f"the run in {flags['out']} has --{key.replace('_', '-')} {state['config'][key]}, "
+                f"not {value}: leave the flag out, or start a new run with --out"
             )
-    config |= flags
+    config = defaults(state["config"]["given"] | flags)
     check(config)
+    if config["epochs"] < state["epoch"] + (state["batch"] > 0):
+        raise UserError(
+            f"--epochs {config['epochs']}: the run has begun epoch {state['epoch'] + 1}"
+        )
     return config, state
 
 
@@ -444,7 +465,7 @@ def command(flags: dict) -> None:
     data = place(evaluate.load_data(config), device)
     if SIZE > 1 and FIRST:
         dist.barrier()
-    run = Run(config, device)
+    run = Run(config, device, data)
     if state is not None:
         run.restore(state)
     kept = run.folder / "eval.json"
@@ -468,13 +489,13 @@ def command(flags: dict) -> None:
         dist.destroy_process_group()
     if not FIRST:
         return
-    if not kept.exists():
-        print("evaluating", flush=True)
-        about = evaluate.describe(config | {"epoch": run.epoch})
-        result = evaluate.evaluate(run.measured, data, about, probe=config["probe"])
-        write_json(kept, result)
+    print("evaluating", flush=True)
+    before = json.loads(kept.read_text()) if kept.exists() else None
+    before = before or evaluate.describe(config | {"epoch": run.epoch})
+    result = evaluate.evaluate(run.measured, data, before, probe=config["probe"])
+    write_json(kept, result)
     print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
-    print(evaluate.table(json.loads(kept.read_text())))
+    print(evaluate.table(result))
 
 
 @contextlib.contextmanager
