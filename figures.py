@@ -303,9 +303,11 @@ def curves(rows: list[Row]) -> Figure:
     for i, row in enumerate(rows):
         courses = [course(run) for run in row.runs]
         epochs = np.arange(1, 1 + min(map(len, courses)))
-        mean, std = mean_std([values[: len(epochs)] for values in courses])
+        courses = [values[: len(epochs)] for values in courses]
         style = line_style(i, row.method) | dict(markersize=2)
         for k, (above, below) in enumerate(grid.T, 1):
+            measuring = [values for values in courses if np.isfinite(values[:, k]).any()]
+            mean, std = mean_std(measuring or courses)  # of the seeds that have it
             measured = np.isfinite(mean[:, k])
             y, error = mean[measured, k], std[measured, k]
             for axes, x in ((above, mean[measured, 0]), (below, epochs[measured])):

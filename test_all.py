@@ -23,6 +23,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
@@ -380,6 +381,12 @@ def test_gradient_of_the_mixture_against_finite_differences_and_autograd():
     for chunk in (1, 8, 100):  # 1, 2 and all 5 images at once
         p.CHUNK = chunk
         assert_same(torch.autograd.grad(p.log_prob(x) @ weight, raw), expected)
+    with pytest.raises(RuntimeError, match="no second derivative"):  # not silently nothing
+        torch.autograd.grad(p.log_prob(x) @ weight, raw, create_graph=True)
+    x = (0.9 * x + 0.05).requires_grad_()  # inside the open bins: finite differences hold
+    bounds |= dict(fast_mode=True)
+    torch.autograd.gradcheck(lambda x: p.log_prob(x), x, eps=1e-6, **bounds)
+    torch.autograd.grad(p.log_prob(x).sum(), raw, create_graph=True)[0].sum().backward()
 
 
 @pytest.mark.parametrize(("channels", "values"), [(3, 4), (1, 256)])
@@ -859,7 +866,7 @@ def test_mine_on_gaussians(dims, rho, tolerance):
     truth = -dims / 2 * math.log(1 - rho**2)
     x, noise = torch.randn(2, 30_000, dims)
     z = rho * x + math.sqrt(1 - rho**2) * noise
-    estimate = mine.mutual_information(x, z, hidden=256, epochs=8, lr=1e-3)
+    estimate = mine.mutual_information(x, z, hidden=256, epochs=10, lr=1e-3)
     assert estimate.nats == estimate.curve[-1] == pytest.approx(truth, abs=tolerance)
     assert estimate.ceiling == pytest.approx(math.log(6000))
 
@@ -903,11 +910,75 @@ def test_mine_gradient_and_moving_average():
     assert huge.item() == pytest.approx(5000)
 
 
-def test_derangements():
-    generator = torch.Generator().manual_seed(0)
-    for n in (2, 3, 10, 101) * 20:
-        d = mine.derangement(n, generator)
-        assert sorted(d.tolist()) == list(range(n)) and (d != torch.arange(n)).all()
+def truth(name: str, n: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Pairs (N,) or (N, 2) and their mutual information in nats."""
+    noise, sign, angle = torch.randn(n), torch.randint(0, 2, (n,)), 2 * math.pi * torch.rand(n)
+    if name == "binary":  # a symmetric channel that flips a tenth: ln 2 - H(.1)
+        return sign, sign ^ (torch.rand(n) < 0.1), 0.368
+    if name == "classes":
+        return torch.arange(n) % 10, torch.arange(n) % 10, math.log(10)
+    if name == "circle":  # uniform angle less angular noise: ln 2 pi - ln(.3 sqrt(2 pi e))
+        x, z = (torch.stack([a.cos(), a.sin()], 1) for a in (angle, angle + 0.3 * noise))
+        return x, z, math.log(2 * math.pi / 0.3) - math.log(2 * math.pi * math.e) / 2
+    x = torch.randn(n)  # z = +-x + .3 noise: by Monte Carlo integration of ln p(z | x) / p(z)
+    return x, (2 * sign - 1) * x + 0.3 * noise, 0.731
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("name", ["binary", "classes", "circle", "signs"])
+def test_mine_on_truths_that_are_not_gaussian(name, beside):
+    """Within 0.1 nats, also beside dimensions: constant in training alone, rare, or noise."""
+    n, test = 12_000, 4000
+    *pairs, nats = truth(name, n)
+    if beside:
+        constant = (torch.arange(n) < test)[:, None] * torch.rand(n, 2).round() + 0.1
+        rare = (torch.rand(2, n, 3) < 1e-3).float()
+        scaled = torch.randn(2, n, 2) * torch.tensor([1e-3, 1e3])
+        parts = zip(pairs, rare, scaled, strict=True)
+        pairs = [torch.cat([a.reshape(n, -1), constant, b, c], 1) for a, b, c in parts]
+    x, z = pairs
+    held_out = x[:test], z[:test]
+    estimate = mine.mutual_information(x[test:], z[test:], held_out, hidden=128, epochs=20, lr=4e-3)
+    assert estimate.nats == pytest.approx(nats, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "convert, context",
+    [
+        (lambda a: a[:, None, None] * 1e-9, nullcontext),
+        (lambda a: a.double() + 1e9, nullcontext),
+        (lambda a: (a * 1000).long() + 10**9, nullcontext),
+        (torch.clone, torch.no_grad),
+        (torch.clone, torch.inference_mode),
+        (torch.clone, partial(torch.autocast, "cpu", torch.bfloat16)),
+        (torch.clone, partial(torch.set_default_dtype, torch.float64)),
+    ],
+)
+def test_mine_of_any_tensors_anywhere(convert, context):
+    x, noise = torch.randn(2, 5000)
+    z = 0.9 * x + math.sqrt(0.19) * noise
+    small = partial(mine.mutual_information, hidden=64, epochs=6, lr=5e-3)
+    plain = small(x, z).nats
+    try:
+        with context() or nullcontext():
+            estimate = small(convert(x), convert(z)).nats
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert plain == pytest.approx(-math.log(0.19) / 2, abs=0.1)
+    assert estimate == pytest.approx(plain, abs=0.05)
+
+
+def test_mine_of_a_sampler_does_not_memorise():
+    x, test = torch.rand(400, 50), (torch.rand(400, 50), torch.randn(400, 4))
+    small = partial(mine.mutual_information, held_out=test, hidden=128, epochs=60, batch_size=64)
+    fixed, fresh = small(x, torch.randn(400, 4)), small(x, lambda epoch: torch.randn(400, 4))
+    assert fixed.nats < -0.05 and abs(fresh.nats) < 0.03
+
+
+def test_donsker_varadhan_of_few_pairs_is_exact():
+    x, z = torch.randn(2, 30, 1, dtype=torch.float64)
+    got = mine.donsker_varadhan(lambda a, b: (a * b)[..., 0], x, z, torch.Generator(), 29)
+    assert got == pytest.approx((x * z).mean().item() - (x * z.T).exp().mean().log().item())
 
 
 def test_mine_refuses_what_it_cannot_measure():
@@ -1176,6 +1247,9 @@ def test_folder(tmp_path, side, classes):
     expected = ([0, 3, 1, 4, 2], [0, 3, 1, 2], classes) if classes[1:] else alone
     assert_data(d, *expected, side or 32)
     assert data.image_shape("folder", side) == d.train.shape[1:]
+    few = data.load("folder", tmp_path, image_size=side, train_images=3)  # of all classes
+    assert torch.equal(few.train, d.train[[0, 1, 3]])
+    assert not classes[1:] or few.train_labels.tolist() == [0, 0, 1]
 
 
 def test_pictures_are_the_middle_square_resized(tmp_path):
@@ -1602,8 +1676,9 @@ def test_the_moving_average_is_what_is_measured(few, tmp_path, monkeypatch):
     flags = [*TINY, "--ema", "0.7", "--epochs", "2", "--batch-size", "64"]
     train.main([*flags, "--out", str(tmp_path)])
     average = seen[0]
-    for weights in seen[1:]:
-        average = {k: 0.7 * a + 0.3 * weights[k] for k, a in average.items()}
+    for n, weights in enumerate(seen[1:], start=1):
+        keep = min(0.7, (1 + n) / (10 + n))  # a short run is not of its first weights
+        average = {k: keep * a + (1 - keep) * weights[k] for k, a in average.items()}
     model, _ = evaluate.load_run(tmp_path)
     torch.testing.assert_close(dict(model.state_dict()), average)
     kl = evaluate.densities(model, few.test)["kl"]
@@ -1641,11 +1716,60 @@ def test_mistakes_give_one_line(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_with_runs_give_one_line(few, tmp_path, capsys):
+def test_another_folder_is_another_run(tmp_path):
+    """Its name is in the run's, and two folders are no seeds of one row."""
+    runs = []
+    for seed, folder in enumerate(("cats", "dogs")):
+        given = {"dataset": "folder", "data_dir": str(tmp_path / folder), "seed": seed}
+        config = settings.defaults(given)
+        assert config["out"] == f"runs/{folder}-lvae-{seed}"
+        runs.append(tables.Run(f"mine-{seed}", seed, config, {"kl": [1.0] * 5}, []))
+    with pytest.raises(tables.BadRun, match="mine-0 and mine-1 differ in data_dir"):
+        tables.groups(runs)
+
+
+def test_what_was_not_given_is_decided_anew_on_resume(few, tmp_path):
+    """A run of one epoch that goes on to three is the run of three, free bits and warm-up too."""
+    flags = [*TINY, "--rl", "--dataset", "mnist", "--free-bits", "2", "--train-images", "300"]
+    train.main([*flags, "--epochs", "1", "--out", str(tmp_path)])
+    train.main(["--resume", str(tmp_path), "--epochs", "6"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["free_bits_epochs"], config["warmup"]) == (6, 3)
+    assert [line["free_bits"] for line in metrics_of(tmp_path)] == [2.0] * 6
+
+
+def test_a_single_class_has_no_probe(few, tmp_path, monkeypatch, capsys):
+    one = few._replace(train_labels=torch.zeros_like(few.train_labels))
+    monkeypatch.setattr(evaluate, "load", lambda *args, **options: one)
+    train.main([*TINY, "--epochs", "1", "--eval-every", "1", "--out", str(tmp_path)])
+    assert evaluation_of(tmp_path)["probe"] == {} and "probe" not in metrics_of(tmp_path)[0]["test"]
+    assert "no probe: " in capsys.readouterr().out
+
+
+def test_evenly():
+    for images, n in [(60_000, 10_000), (15_000, 10_000), (7, 3), (3, 9)]:
+        rows = data.evenly(images, n)
+        assert len(rows) == min(n, images) and rows[0] == 0
+        assert set(rows.diff().tolist()) <= {images // len(rows), -(-images // len(rows))}
+        assert images - rows[-1] <= -(-images // len(rows))
+
+
+def test_mistakes_with_runs_give_one_line(few, tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "run")
     train.main([*TINY, "--out", out, "--epochs", "1"])
     fails(capsys, ["--resume", out, "--arch", "hvae"], "has --arch lvae, not hvae: leave the flag")
     fails(capsys, ["--resume", out, "--epochs", "-1"], "--epochs -1: must be above 0")
+    train.main(["--resume", out, "--epochs", "2", "--probe", "top"])
+    fails(capsys, ["--resume", out, "--epochs", "1"], "--epochs 1: the run has begun epoch 3")
+    (tmp_path / "run/eval.json").unlink()
+    train.main(["--resume", out, "--probe", "top"])
+    assert set(evaluation_of(out)["probe"]) == {"z2"}
+    train.main(["--resume", out, "--probe", "every"])  # what the kept evaluation lacks is made
+    assert set(evaluation_of(out)["probe"]) == {"z1", "z2", "all"}
+    other = few._replace(train=few.train[:299], train_labels=few.train_labels[:299])
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load", lambda *args, **options: other)
+        fails(capsys, ["--resume", out, "--epochs", "4"], "trained on other images: 300 and 60 of")
     fails(capsys, [out, "--mine", "3"], "name levels from 1 to 2", evaluate.main)
     fails(capsys, [out, "--samples", "0"], "--samples 0", evaluate.main)
     checkpoint = tmp_path / "run/checkpoint.pt"
@@ -1661,6 +1785,16 @@ def test_mistakes_with_runs_give_one_line(few, tmp_path, capsys):
 
 # --------------------------------------------------------------------------------------------------
 # Several processes
+
+
+def test_without_torchrun_there_is_one_process():
+    for rank in ("1", "8", "abc"):
+        code = "import train; print(train.RANK, train.SIZE, train.FIRST)"
+        alone = os.environ | {"RANK": rank, "WORLD_SIZE": "2", "PYTHONPATH": str(HERE)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=alone, capture_output=True, text=True
+        )
+        assert done.stdout == "0 1 True\n", done.stderr
 
 
 def two_processes(tmp_path: Path, code: str, *argv: str) -> subprocess.CompletedProcess:
