@@ -75,7 +75,8 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[mo
     if state["ema"] is not None:
         averaged = state["ema"].items()
         model.load_state_dict({k.removeprefix("module."): v for k, v in averaged if "module." in k})
-    return model.to(device).eval(), state["config"] | {"epoch": state["epoch"]}
+    done = {key: state[key] for key in ("epoch", "updates")}
+    return model.to(device).eval(), state["config"] | done
 
 
 def load_data(config: dict, data_dir: str | None = None) -> Data:
@@ -355,11 +356,22 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{args.run} is of colour images: --probe-of {args.probe_of} is not")
         data = place(load_data(config, args.data_dir), device)
         path = args.run / "eval.json"
-        kept = json.loads(path.read_text()) if path.exists() else describe(config)
+        kept = kept_evaluation(path, config)
         levels = tuple(int(level) - 1 for level in wanted)
         result = evaluate(model, data, kept, args.samples, args.probe, args.probe_of, levels)
         write_json(path, result)
         print(json.dumps(result) if args.json else table(result), flush=True)
+
+
+def kept_evaluation(path: Path, config: dict) -> dict:
+    """What eval.json has of a run after so many updates, or else what it is to begin with."""
+    if not path.exists():
+        return describe(config)
+    try:
+        kept = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it, and evaluate the run again") from None
+    return kept if kept.get("updates") == config["updates"] else describe(config)
 
 
 def describe(config: dict) -> dict:
@@ -368,7 +380,7 @@ def describe(config: dict) -> dict:
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
-    keys = ("out", "epoch", "dataset", "arch", "rl", "ivae")
+    keys = ("out", "epoch", "updates", "dataset", "arch", "rl", "ivae")
     return {key: config[key] for key in keys} | {"commit": commit}
 
 

@@ -1382,6 +1382,10 @@ def test_real_data(name):
     for channel, moments in enumerate(known):
         values = d.train[:, channel].float() / 255
         assert (values.mean().item(), values.std().item()) == pytest.approx(moments, abs=1e-4)
+    if name == "fashionmnist":  # bits per dimension that no model can go below, as README.md says
+        p = data.to_unit(d.test).double()
+        entropy = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)).mean().item() / math.log(2)
+        assert f"{entropy:.3f}" == "0.349"
     if name == "mnist":
         for train, images, labels in ((True, *d[:2]), (False, *d[2:4])):
             reference = torchvision.datasets.MNIST(folder, train=train)
@@ -1764,6 +1768,12 @@ def test_mistakes_with_runs_give_one_line(few, tmp_path, monkeypatch, capsys):
     (tmp_path / "run/eval.json").unlink()
     train.main(["--resume", out, "--probe", "top"])
     assert set(evaluation_of(out)["probe"]) == {"z2"}
+    kept = tmp_path / "run/eval.json"
+    kept.write_text(kept.read_text()[:-9])
+    fails(capsys, [out], "eval.json is damaged: delete it", evaluate.main)
+    kept.write_text(json.dumps({"updates": 1, "probe": {"z2": 0.0}}))  # of an earlier state
+    train.main(["--resume", out, "--probe", "top"])
+    assert evaluation_of(out)["probe"]["z2"] > 0 and evaluation_of(out)["epoch"] == 2
     train.main(["--resume", out, "--probe", "every"])  # what the kept evaluation lacks is made
     assert set(evaluation_of(out)["probe"]) == {"z1", "z2", "all"}
     other = few._replace(train=few.train[:299], train_labels=few.train_labels[:299])

@@ -490,8 +490,8 @@ def command(flags: dict) -> None:
     if not FIRST:
         return
     print("evaluating", flush=True)
-    before = json.loads(kept.read_text()) if kept.exists() else None
-    before = before or evaluate.describe(config | {"epoch": run.epoch})
+    about = config | {"epoch": run.epoch, "updates": run.updates}
+    before = evaluate.kept_evaluation(kept, about)
     result = evaluate.evaluate(run.measured, data, before, probe=config["probe"])
     write_json(kept, result)
     print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
