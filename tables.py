@@ -82,6 +82,8 @@ def read(paths: Iterable[str | Path]) -> list[Run]:
     runs = []
     for path in map(Path, paths):
         config, evaluation = path / "config.json", path / "eval.json"
+        if not (path if path.suffix == ".jsonl" else config).exists():
+            raise BadRun(f"no run at {path}: name a run's folder or a .jsonl file")
         if config.exists() and not evaluation.exists():
             raise BadRun(f"{path} has no eval.json: python evaluate.py {path} makes it")
         try:

@@ -2152,7 +2152,7 @@ def test_mistakes_with_tables_give_one_line(tmp_path, capsys):
     mistake(capsys, "a-0 and a-2 differ in gamma, 0.9 and 0.8", a, b, c)
     mistake(capsys, "row a has seed 0 twice", a, b, write_run(tmp_path, "other/a-0", {"rl": True}))
     run, packed = write_run(tmp_path, "b", {"rl": True}), tmp_path / "packed.jsonl"
-    mistake(capsys, "config.json: No such file or directory", run, tmp_path / "nowhere")
+    mistake(capsys, "no run at .*nowhere: name a run.s folder", run, tmp_path / "nowhere")
     mistake(capsys, "--columns kl,probes: choose from probe, all", run, "--columns", "kl,probes")
     mistake(capsys, r"no row is named c\*", run, "--rows", "c*")
     tables.pack(tables.read([run]), packed)
