@@ -4,11 +4,9 @@ All are timed in one process, in turn: the updates of this repository, made by t
 trains, and Algorithm 1 as it is natural to write it in plain PyTorch.
 """
 
-import contextlib
 import itertools
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -123,15 +121,6 @@ def peak_memory(run: train.Run, update: Update, x: Tensor) -> float:
     return (peak + fixed) / 2**20
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        name = file.read().partition("model name\t: ")[2].partition("\n")[0] or name
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
 def measure(config: dict, device: torch.device, images: Tensor) -> dict:
     """What --json prints: of the run, and in "ways" what each of them costs."""
     size, timed = config["batch_size"], ways(config, device)
@@ -144,7 +133,7 @@ def measure(config: dict, device: torch.device, images: Tensor) -> dict:
     x = to_input(next(batches).to(device))
     run, first = timed[list(timed)[-1]][0], median(next(iter(seconds.values())))
     result = {key: config[key] for key in ("arch", "size", "dataset", "batch_size")}
-    result |= {"device": device_name(device), "dtype": str(run.dtype).removeprefix("torch.")}
+    result |= evaluate.origin(device, run.dtype)
     result |= {"levels": run.model.levels, "cuda_graph": run.captured is not None, "ways": {}}
     for name, (run, update) in timed.items():
         run.captured = None  # a replay shows neither operations nor memory
@@ -163,7 +152,7 @@ def measure(config: dict, device: torch.device, images: Tensor) -> dict:
 
 def table(result: dict) -> str:
     about = "{arch}, {size}, {levels} levels, {dataset}, batches of {batch_size}, {dtype}{}\n"
-    about += "{device}; medians of {rounds} rounds, literal in float32"
+    about += "{device}, {threads} threads; medians of {rounds} rounds, literal in float32"
     head = f"           images/s {'x ' + next(iter(result['ways'])):>9}  updates/s  ms/batch"
     graph = ", one CUDA graph a batch" * result["cuda_graph"]
     lines = [about.format(graph, **result), head + "       quartiles      MiB    GFLOP"]

@@ -9,6 +9,7 @@ What is measured is kept in the run's eval.json, which tables.py and figures.py 
 import contextlib
 import json
 import math
+import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ import rewards
 from data import Data, evenly, in_order, load, pick_device, place, to_input, to_unit
 from files import Parser, UserError, one_line, write_json
 
-CHECKPOINT, FORMAT = "checkpoint.pt", 3  # a checkpoint's name and version
+CHECKPOINT, FORMAT = "checkpoint.pt", 4  # a checkpoint's name and version
 ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active (Burda et al. 2016)
 WIDEST = 1024  # numbers of a level that the probe takes: wider maps are averaged over squares
 PROBE_OF = {  # what of the posterior is probed: arguments of `representations`
@@ -49,6 +50,28 @@ def seeded(device: torch.device, seed: int = 0) -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------------
 # Runs
+
+
+def commit() -> str | None:
+    """The commit of this code, with "-dirty" where files have changed since; None outside git."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        here, quiet = Path(__file__).parent, subprocess.DEVNULL
+        return subprocess.check_output(describe, cwd=here, text=True, stderr=quiet).strip()
+    return None
+
+
+def origin(device: torch.device, dtype: torch.dtype) -> dict:
+    """What a run is made by: processor or GPU, threads, arithmetic, PyTorch and commit."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+            name = file.read().partition("model name\t: ")[2].partition("\n")[0] or name
+    about = {"device": name, "threads": torch.get_num_threads()}
+    about["dtype"] = str(dtype).removeprefix("torch.")
+    return about | {"torch": str(torch.__version__), "commit": commit()}
 
 
 def load_checkpoint(folder: Path) -> dict:
@@ -375,13 +398,9 @@ def kept_evaluation(path: Path, config: dict) -> dict:
 
 
 def describe(config: dict) -> dict:
-    """What was trained, which eval.json begins with, and the commit of this code, if any."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
+    """What was trained, which eval.json begins with, and the commit of the code that measures."""
     keys = ("out", "epoch", "updates", "dataset", "arch", "rl", "ivae")
-    return {key: config[key] for key in keys} | {"commit": commit}
+    return {key: config[key] for key in keys} | {"commit": commit()}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 PAPER = Path(__file__).parent / "results" / "paper.csv"  # its Tables 1 to 5
 LATENTS = {"grey": "128,64,32,16,8", "colour": "128c,64c,256,128,64"}  # of its text
-NOT_COMPARED = {"seed", "out", "data_dir", "device", "eager", "eval_every", "probe", "given"}
+NOT_COMPARED = {"seed", "out", "data_dir", "device", "eager", "eval_every", "probe"}
+NOT_COMPARED |= {"given", "made_by"}
 
 MEASURES = {  # name: heading, decimals, its place in an evaluation; lists bottom to top
     "probe": ("z_L probe %", 2, lambda e, z: e["probe"][z]),

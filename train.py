@@ -170,7 +170,7 @@ def average(decay: float, averaged: list[Tensor], weights: list[Tensor], n: Tens
 class Run:
     """Model, optimisers and where training stands; kept in checkpoint.pt."""
 
-    PLAIN = ("epoch", "batch", "updates", "seconds", "metrics")
+    PLAIN = ("epoch", "batch", "updates", "seconds", "metrics", "made_by")
 
     def __init__(self, config: dict, device: torch.device, data: Data | None = None):
         self.config, self.device, self.folder = config, device, Path(config["out"])
@@ -206,6 +206,7 @@ class Run:
         self.epoch = self.batch = self.updates = 0  # the batch to come; the updates made
         self.seconds = 0.0  # of training, evaluation left out
         self.metrics: list[dict] = []  # a line an epoch
+        self.made_by: list[dict] = []  # one of evaluate.origin for each machine or commit
         # Since the epoch's start: the number of batches, the sum of each loss, the sums of the KLs.
         self.losses = len(losses(config, self.model.levels))
         size = 1 + self.losses + self.model.levels
@@ -473,9 +474,11 @@ def command(flags: dict) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         if run.epoch < config["epochs"]:
             kept.unlink(missing_ok=True)
+            here = evaluate.origin(device, run.dtype)
+            run.made_by += [here] if here not in run.made_by else []
         if state is None:
             run.save()
-        write_json(run.folder / "config.json", config)
+        write_json(run.folder / "config.json", config | {"made_by": run.made_by})
         introduce(run, data)
         for flag in idle(config, flags):
             print(f"note      --{flag.replace('_', '-')} has no effect here")
