@@ -69,7 +69,8 @@ def ways(config: dict, device: torch.device) -> dict[str, tuple[train.Run, Updat
     own = {name: (train.Run(config | some, device), update) for name, some in flags.items()}
     if "stepwise" not in own:
         return own
-    run = train.Run(config | flags["stepwise"] | {"eager": True}, device)
+    run = train.Run(config | flags["stepwise"], device)
+    run.captured = None
     run.optimizers = [torch.optim.Adam(run.model.parameters(), lr=config["lr"])]
     return {"literal": (run, literal_update), **own}
 

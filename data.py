@@ -81,14 +81,16 @@ def load(
     image_size: int | None = None,
     unlabelled: bool = False,
     threshold: bool = False,
+    validation: bool = False,
     train_images: int | None = None,
 ) -> Data:
     """A data set on the CPU. Raises UserError with the ways to get it where it cannot be had.
 
     `image_size` is the side of the images of "folder" (default 32). `unlabelled` adds STL-10's
     unlabelled images. `threshold` makes grey images black and white: 255 where a pixel is above
-    127, else 0. `train_images` keeps so many to train on: the first, or evenly spaced ones where
-    they come class by class.
+    127, else 0. `validation` leaves the test split out: the last 10,000 training images, at most a
+    fifth of them, take its place. `train_images` keeps so many to train on, the first. Where images
+    come class by class, evenly spaced ones stand for the last and the first.
     """
     folder = Path(data_dir)
     channels, side, _ = image_shape(name, image_size)
@@ -113,12 +115,21 @@ def load(
     if threshold:
         train, test = ((images > 127).to(torch.uint8) * 255 for images in (data.train, data.test))
         data = data._replace(train=train, test=test)
-    if train_images is not None and train_images > len(data.to_train_on):
+    by_class = name in ("tinyimagenet", "folder")
+    if validation:
+        n = len(data.train)
+        held_out, count = torch.zeros(n, dtype=torch.bool), min(10_000, n // 5)
+        held_out[evenly(n, count) if by_class else slice(n - count, n)] = True
+        images, labels = data.train, data.train_labels
+        data = data._replace(train=images[~held_out], test=images[held_out])
+        if labels is not None:
+            data = data._replace(train_labels=labels[~held_out], test_labels=labels[held_out])
+    if train_images is None:
+        return data
+    if train_images > len(data.to_train_on):
         raise UserError(f"--train-images {train_images}: there are {len(data.to_train_on):,}")
+    rows = evenly(len(data.train), train_images) if by_class else slice(train_images)
     parts = (data.train, data.train_labels, data.unlabelled)
-    # These come class by class, so that the first images would be of the first classes.
-    spread = name in ("tinyimagenet", "folder") and train_images is not None
-    rows = evenly(len(data.train), train_images) if spread else slice(train_images)
     images, labels, more = (part if part is None else part[rows] for part in parts)
     return data._replace(train=images, train_labels=labels, unlabelled=more)
 

@@ -27,7 +27,7 @@ import mine
 import models
 import rewards
 from data import Data, evenly, in_order, load, pick_device, place, to_input, to_unit
-from files import Parser, UserError, one_line, write_json
+from files import Parser, UserError, one_line, write_json, writing
 
 CHECKPOINT, FORMAT = "checkpoint.pt", 4  # a checkpoint's name and version
 ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active (Burda et al. 2016)
@@ -74,11 +74,11 @@ def origin(device: torch.device, dtype: torch.dtype) -> dict:
     return about | {"torch": str(torch.__version__), "commit": commit()}
 
 
-def load_checkpoint(folder: Path) -> dict:
-    """The checkpoint in a run's folder; UserError says what is wrong with it."""
-    path = folder / CHECKPOINT
+def load_checkpoint(run: Path) -> dict:
+    """The checkpoint in a run's folder, or a file of weights; UserError says what is wrong."""
+    path = run if run.suffix == ".pt" else run / CHECKPOINT
     if not path.is_file():
-        raise UserError(f"no run at {folder}: name a folder that train.py has written")
+        raise UserError(f"no run at {run}: name a folder that train.py has written")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -89,9 +89,10 @@ def load_checkpoint(folder: Path) -> dict:
     return state
 
 
-def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[models.Network, dict]:
-    """A run's model, by the averaged weights where it keeps them, and its configuration."""
-    state = load_checkpoint(Path(folder))
+def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[models.Network, dict]:
+    """The model of a run's folder or of a file of weights, and its configuration. A run that
+    averages its weights gives the averaged ones."""
+    state = load_checkpoint(Path(run))
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()}
     model = baselines.build(models.Config(**fields))
     model.load_state_dict(state["model"])
@@ -102,10 +103,18 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[mo
     return model.to(device).eval(), state["config"] | done
 
 
+def save_weights(path: Path, model: models.Network, config: dict) -> None:
+    """What `load_run` has given, as a file of weights that it takes: for others to load."""
+    state = {"format": FORMAT, "config": config, "model_config": model.config._asdict()}
+    state |= {"model": model.state_dict(), "ema": None}
+    with writing(path) as beside:
+        torch.save(state | {key: config[key] for key in ("epoch", "updates")}, beside)
+
+
 def load_data(config: dict, data_dir: str | None = None) -> Data:
     """The data set of a run's configuration, on the CPU."""
-    keys = ("image_size", "unlabelled", "threshold", "train_images")
-    options = {key: config[key] for key in keys}
+    keys = ("image_size", "unlabelled", "threshold", "validation", "train_images")
+    options = {key: config.get(key) for key in keys}
     return load(config["dataset"], data_dir or config["data_dir"], **options)
 
 
@@ -350,7 +359,8 @@ def table(result: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     # fmt: off
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py has written")
+    parser.add_argument("run", type=Path, metavar="RUN",
+                        help="a folder that train.py has written, or a file of weights")
     parser.add_argument("--probe", choices=("every", "top"), default="every",
                         help="every level and all together (default), or z_L alone, much sooner")
     parser.add_argument("--probe-of", choices=tuple(PROBE_OF), default="mean",
@@ -360,6 +370,8 @@ def main(argv: list[str] | None = None) -> None:
                         help="mutual information of x and z_L, or of these levels: 1,5")
     parser.add_argument("--samples", type=int, default=16,
                         help="of the importance-weighted bound (default 16)")
+    parser.add_argument("--save", type=Path, metavar="FILE.pt",
+                        help="write the weights and the configuration alone, for others to load")
     parser.add_argument("--data-dir", help="where the data sets are (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -368,6 +380,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line(parser):
         if args.samples < 1:
             raise UserError(f"--samples {args.samples}: the bound needs at least 1")
+        if args.save is not None and args.save.suffix != ".pt":
+            raise UserError(f"--save {args.save}: name a file that ends in .pt")
         device = pick_device(args.device)
         model, config = load_run(args.run, device)
         top, wanted = str(model.levels), (args.mine or "").split(",") if args.mine else []
@@ -377,12 +391,15 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"--mine {level!r}: name levels from 1 to {top}")
         if "binarised" in args.probe_of and model.config.image[0] > 1:
             raise UserError(f"{args.run} is of colour images: --probe-of {args.probe_of} is not")
+        if args.save is not None:
+            save_weights(args.save, model, config)
         data = place(load_data(config, args.data_dir), device)
         path = args.run / "eval.json"
         kept = kept_evaluation(path, config)
         levels = tuple(int(level) - 1 for level in wanted)
         result = evaluate(model, data, kept, args.samples, args.probe, args.probe_of, levels)
-        write_json(path, result)
+        if args.run.is_dir():  # a file of weights is only measured
+            write_json(path, result)
         print(json.dumps(result) if args.json else table(result), flush=True)
 
 

@@ -2,9 +2,10 @@
 
 python figures.py runs/fashionmnist-* --out pictures
 python figures.py results/levels.jsonl --out pictures --rows "levels-?vae-rl-*"
+python figures.py weights/fashionmnist-*.pt --out pictures
 
 Figures 6, 7 and the curves need the numbers of a run alone. Figures 1, 2, 5 and the samples need
-its folder with the checkpoint, and the data.
+its folder with the checkpoint, or a file of weights, and the data.
 """
 
 import itertools
@@ -52,7 +53,7 @@ class Row(NamedTuple):
     dataset: str
     method: str
     levels: int
-    runs: list[tables.Run]
+    runs: list[tables.Run]  # none of a file of weights
     model: Network | None = None
     images: Tensor | None = None  # (N, C, H, W) uint8
     labels: Tensor | None = None
@@ -65,12 +66,23 @@ def load(group: tables.Group, device: torch.device, data_dir: str | None) -> Row
     row = Row(label, dataset, first.method, first.levels, group.runs)
     if first.folder is None or not (first.folder / evaluate.CHECKPOINT).exists():
         return row
-    model, config = evaluate.load_run(first.folder, device)
+    return with_model(row, first.folder, device, data_dir)
+
+
+def load_weights(path: Path, device: torch.device, data_dir: str | None) -> Row:
+    config = evaluate.load_run(path)[1]
+    run = tables.Run(path.stem, config["seed"], config, {}, [])
+    row = Row(run.row.removeprefix(f"{config['dataset']}-"), config["dataset"], run.method, 0, [])
+    return with_model(row, path, device, data_dir)
+
+
+def with_model(row: Row, path: Path, device: torch.device, data_dir: str | None) -> Row:
+    model, config = evaluate.load_run(path, device)
     data = evaluate.load_data(config, data_dir)
-    labels, classes = data.test_labels, data.classes
-    if labels is None:
-        labels, classes = torch.zeros(len(data.test)), ("no labels",)
-    return row._replace(model=model, images=data.test, labels=labels, classes=classes)
+    row = row._replace(model=model, levels=model.levels, images=data.test)
+    if data.test_labels is None:
+        return row._replace(labels=torch.zeros(len(data.test)), classes=("no labels",))
+    return row._replace(labels=data.test_labels, classes=data.classes)
 
 
 def spread(row: Row, n: int) -> Tensor:
@@ -328,7 +340,8 @@ def draw(rows: list[Row], folder: Path) -> Iterator[str]:
     wanted = [(fig2_correlation, "", [row for row in rows if row.model is not None])]
     for dataset in dict.fromkeys(row.dataset for row in rows):
         here = [row for row in rows if row.dataset == dataset]
-        wanted += [(make, f"-{dataset}", here) for make in (fig6_depth, fig7_kl, curves)]
+        measured = [row for row in here if row.runs]
+        wanted += [(make, f"-{dataset}", measured) for make in (fig6_depth, fig7_kl, curves)]
         here = [row for row in here if row.model is not None]
         wanted += [(make, f"-{dataset}", here) for make in (fig1_skip_paths, fig5_latents, samples)]
     for make, suffix, shown in wanted:
@@ -347,19 +360,25 @@ def draw(rows: list[Row], folder: Path) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="Draw what runs allow of the paper's figures, as PNG files.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or a .jsonl file")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's folder, a .jsonl file or a file of weights"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where they go")
     parser.add_argument("--rows", default="*", metavar="GLOB,GLOB", help="only rows so named")
     parser.add_argument("--data-dir", help="folder of the data sets (default: the run's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     args = parser.parse_args(argv)
     with one_line(parser):
+        weights = [Path(run) for run in args.runs if run.endswith(".pt")]
+        runs = [run for run in args.runs if not run.endswith(".pt")]
         try:
-            groups = tables.groups(tables.choose(tables.read(args.runs), args.rows.split(",")))
+            chosen = tables.choose(tables.read(runs), args.rows.split(",")) if runs else []
+            groups = tables.groups(chosen)
         except tables.BadRun as error:
             parser.error(str(error))
         device = pick_device(args.device)
         rows = [load(group, device, args.data_dir) for group in groups]
+        rows += [load_weights(path, device, args.data_dir) for path in weights]
         args.out.mkdir(parents=True, exist_ok=True)
         for line in draw(rows, args.out):
             print(line, flush=True)

@@ -10,7 +10,7 @@ from files import Parser, UserError
 
 UPDATES = ("stepwise", "joint", "sampled")
 PROBES = ("every", "top")
-MAY_CHANGE = {"epochs", "data_dir", "device", "eval_every", "probe", "out", "eager"}  # on --resume
+MAY_CHANGE = {"epochs", "data_dir", "device", "eval_every", "probe", "out"}  # on --resume
 
 
 def parser() -> Parser:
@@ -47,6 +47,9 @@ def parser() -> Parser:
     p.add_argument("--threshold", action="store_true",
                    help="make grey images black and white once, at half, instead of binarising "
                    "them anew at every use")
+    p.add_argument("--validation", action="store_true",
+                   help="measure on the last 10,000 training images, at most a fifth, and train on "
+                   "the rest: to choose by, without a look at the test split")
     p.add_argument("--train-images", type=int, metavar="N",
                    help="train, and fit the probe, on the first N training images")
     p.add_argument("--size", choices=tuple(models.PRESETS),
@@ -72,8 +75,6 @@ def parser() -> Parser:
     p.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
                    help="of the network's arithmetic; auto: bfloat16 where the processor has it")
-    p.add_argument("--eager", action="store_true",
-                   help="on CUDA launch every kernel by itself instead of one CUDA graph a batch")
     p.add_argument("--out",
                    help="the run's folder (default runs/<dataset>-<arch>[-rl|-ivae]-<seed>)")
     p.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
@@ -93,10 +94,10 @@ def defaults(given: dict) -> dict:
     """A full configuration: the flags given, the rest by --size, --dataset and --rl."""
     config = dict(
         arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", pay="inferred", dataset="digits",
-        data_dir="data", image_size=None, unlabelled=False, threshold=False, train_images=None,
-        size="small", latents=None, levels=None, channels=None, mean_field=False, batch_size=128,
-        schedule="constant", ema=0.0, warmup=0, free_bits=0.0, free_bits_epochs=None, seed=0,
-        device="auto", dtype="auto", eager=False, eval_every=0, probe="every",
+        data_dir="data", image_size=None, unlabelled=False, threshold=False, validation=False,
+        train_images=None, size="small", latents=None, levels=None, channels=None, mean_field=False,
+        batch_size=128, schedule="constant", ema=0.0, warmup=0, free_bits=0.0,
+        free_bits_epochs=None, seed=0, device="auto", dtype="auto", eval_every=0, probe="every",
     )  # fmt: skip
     config |= given
     if config["size"] == "paper":

@@ -1382,6 +1382,8 @@ def test_real_data(name):
     for channel, moments in enumerate(known):
         values = d.train[:, channel].float() / 255
         assert (values.mean().item(), values.std().item()) == pytest.approx(moments, abs=1e-4)
+    split = data.load(name, folder, download=False, validation=True)
+    assert len(split.test) == 10_000 and torch.equal(split.test, d.train[-10_000:])
     if name == "fashionmnist":  # bits per dimension that no model can go below, as README.md says
         p = data.to_unit(d.test).double()
         entropy = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)).mean().item() / math.log(2)
@@ -1750,6 +1752,76 @@ def test_a_single_class_has_no_probe(few, tmp_path, monkeypatch, capsys):
     assert "no probe: " in capsys.readouterr().out
 
 
+def test_a_validation_split_is_made_of_training_images(tmp_path):
+    """The last fifth, or where images come class by class one of every five; the test split is out
+    of sight. What --train-images leaves is of the rest."""
+    whole, split = data.load("digits"), data.load("digits", validation=True)
+    assert len(split.test) == 1437 // 5
+    assert torch.equal(torch.cat([split.train, split.test]), whole.train)
+    assert torch.equal(torch.cat([split.train_labels, split.test_labels]), whole.train_labels)
+    few = data.load("digits", validation=True, train_images=1150)
+    assert torch.equal(few.train, split.train) and torch.equal(few.test, split.test)
+    for k in range(10):
+        draw(tmp_path / "train" / "ab"[k // 5] / f"{k}.png", k, size=(32, 32))
+    draw(tmp_path / "test/a/0.png", 0)
+    split = data.load("folder", tmp_path, validation=True)
+    assert split.test_labels.tolist() == [0, 1] and split.train_labels.tolist() == 4 * [0] + 4 * [1]
+    whole = data.load("folder", tmp_path).train
+    assert torch.equal(split.test, whole[[0, 5]]) and len(split.train) == 8
+
+
+def test_what_a_run_was_made_by(few, tmp_path, monkeypatch):
+    """Processor, threads, arithmetic, PyTorch and commit; of a run that went on elsewhere each."""
+    usual = ["--out", str(tmp_path / "run"), "--epochs"]
+    train.main([*TINY, *usual, "1"])
+    train.main(["--resume", *usual, "2"])
+    monkeypatch.setattr(evaluate, "commit", lambda: "a1b2-dirty")
+    train.main(["--resume", *usual, "3", "--probe", "top"])
+    train.main(["--resume", *usual, "3"])
+    one, two = json.loads((tmp_path / "run/config.json").read_text())["made_by"]
+    assert two == one | {"commit": "a1b2-dirty"} and one["threads"] == torch.get_num_threads()
+    assert one["dtype"] == "float32" and one["torch"] == torch.__version__ and one["device"]
+
+
+def test_a_commit_is_named_with_its_changes(tmp_path, monkeypatch):
+    def git(*argv: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.check_output(["git", *identity, *argv], cwd=tmp_path, text=True).strip()
+
+    monkeypatch.setattr(evaluate, "__file__", str(write(tmp_path / "evaluate.py", "1")))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert evaluate.commit() is None
+    git("init", "-q")
+    git("add", "evaluate.py")
+    git("commit", "-qm", "first")
+    git("tag", "-am", "no commit's name", "v1")
+    commit = git("rev-parse", "--short", "HEAD")
+    assert evaluate.commit() == commit
+    write(tmp_path / "evaluate.py", "2")
+    assert evaluate.commit() == f"{commit}-dirty"
+
+
+def test_weights_alone(few, tmp_path, capsys):
+    """They give the model that the run measures, numbers and pictures, and no run to go on with."""
+    run, path = tmp_path / "run", str(tmp_path / "tiny-3.pt")
+    train.main([*TINY, "--rl", "--ema", "0.5", "--epochs", "1", "--out", str(run)])
+    capsys.readouterr()
+    found = []
+    for argv in ([str(run), "--save", path], [path]):
+        evaluate.main([*argv, "--json"])
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] and sorted(os.listdir(tmp_path)) == ["run", "tiny-3.pt"]
+    state = torch.load(path, weights_only=True)
+    assert {k for k, v in state.items() if v} == {
+        "format", "config", "model_config", "model", "epoch", "updates"
+    }  # fmt: skip
+    figures.main([path, "--out", str(tmp_path / "made")])
+    made = {p.name.removesuffix("-digits.png") for p in (tmp_path / "made").iterdir()}
+    assert made == {"fig1-skip-paths", "fig5-latents", "samples"}
+    fails(capsys, ["--resume", path], "has weights alone")
+    fails(capsys, [str(run), "--save", "x"], "--save x: name a file that ends", evaluate.main)
+
+
 def test_evenly():
     for images, n in [(60_000, 10_000), (15_000, 10_000), (7, 3), (3, 9)]:
         rows = data.evenly(images, n)
@@ -1986,10 +2058,10 @@ if CUDA:
         monkeypatch.setattr(baselines, "build", lambda config: build(config).double())
         monkeypatch.setattr(Normal, "rsample", lambda self, shape=(): self.loc)
         found = {}
-        for name, device, how in (("cpu", "cpu", []), ("eager", "cuda", ["--eager"]),
-                                  ("graph", "cuda", [])):  # fmt: skip
-            run = run_of("--batch-size", "30", *flags, *how, device=device)
-            assert (run.captured is not None) == (name == "graph")
+        for name, device in (("cpu", "cpu"), ("eager", "cuda"), ("graph", "cuda")):
+            run = run_of("--batch-size", "30", *flags, device=device)
+            assert (run.captured is not None) == (device == "cuda")
+            run.captured = run.captured if name == "graph" else None
             for optimizer in run.optimizers:
                 optimizer.param_groups[0]["eps"] = 1.0
             means, state = course(run, (few.train > 127).double().to(device))
@@ -2003,8 +2075,9 @@ if CUDA:
         """The replays draw the numbers that the updates step by step would draw, always others."""
         flags, x = ["--rl", "--batch-size", "30"], (few.train > 127).float().to(cuda)
         found = []
-        for how in ([], ["--eager"]):
-            run = run_of(*flags, *how, device="cuda")
+        for graph in (True, False):
+            run = run_of(*flags, device="cuda")
+            run.captured = run.captured if graph else None
             torch.manual_seed(3)
             found.append(course(run, x))
         torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)

@@ -186,7 +186,7 @@ class Run:
             options += [{"lr": rate * config["lr"], "betas": (0.5, 0.999)} for rate in (3, 0.3)]
         self.rates = [option["lr"] for option in options]
         self.captured = None
-        if device.type == "cuda" and SIZE == 1 and not config["eager"]:
+        if device.type == "cuda" and SIZE == 1:
             self.captured = Captured(device)
             for option in options:  # the graph reads the rate where it lies
                 option |= {"lr": torch.tensor(option["lr"], device=device), "capturable": True}
@@ -412,6 +412,8 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
         raise UserError(f"--resume {resume} and --out {flags['out']} name two runs: choose one")
     flags.setdefault("out", defaults(flags)["out"])
     state = evaluate.load_checkpoint(Path(flags["out"]))
+    if "optimizers" not in state:
+        raise UserError(f"{flags['out']} has weights alone: name a run's folder to go on with")
     for key, value in flags.items():
         if key not in MAY_CHANGE and value != state["config"][key]:
             raise UserError(
@@ -438,13 +440,14 @@ def introduce(run: Run, data: Data) -> None:
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     graph = ", one CUDA graph a batch" if run.captured is not None else ""
     processes = f", one of {SIZE} processes" if SIZE > 1 else ""
+    measured = "validation" if c["validation"] else "test"
     training = "{epochs} epochs, Adam at {lr:g}, warm-up {warmup}, {free_bits} nats free bits"
     print(
         f"model     {c['arch']}, {c['size']}, levels {','.join(m.latents)} from the pixels up, "
         f"{m.channels} channels, {parameters:.2f} M parameters",
         f"objective {objective}",
-        f"data      {c['dataset']}, {len(data.to_train_on):,} training and {len(data.test):,} test "
-        f"images of {'x'.join(map(str, m.image))}, {len(data.classes) or 'no'} classes",
+        f"data      {c['dataset']}, {len(data.to_train_on):,} training and {len(data.test):,} "
+        f"{measured} images of {'x'.join(map(str, m.image))}, {len(data.classes) or 'no'} classes",
         f"training  {training.format(**c)}, batches of {c['batch_size']}, seed {c['seed']}",
         f"device    {run.device}, {str(run.dtype).removeprefix('torch.')}{graph}{processes}",
         f"paper     {training.format(**paper)}, {paper['update']} updates (--size paper)",
