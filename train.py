@@ -292,44 +292,38 @@ def own_rows(rows: Tensor) -> Tensor:
 
 
 def train(run: Run, data: Data, bar: tqdm) -> None:
-    """Trains until the last epoch. A stop that was asked for saves and raises SystemExit."""
+    """Trains until the last epoch, with a checkpoint every SAVE_EVERY seconds and at the end."""
     config, images = run.config, data.to_train_on
     started, saved = time.monotonic() - run.seconds, time.monotonic()
     recent: list[Tensor] = []  # losses that were not looked at yet
     if run.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    with stop_signal() as asked:
-        while run.epoch < config["epochs"]:
-            batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
-            for rows in batches[run.batch :]:
-                progress = run.epoch + run.batch / len(batches)
-                beta, free_bits = kl_weight(config, progress)
-                run.set_rates(rate_factor(config, progress))
-                x = to_input(images[own_rows(rows)].to(run.device))
-                means = update(run, x, beta, free_bits)
-                if run.averaged is not None:
-                    run.averaged.update_parameters(run.model)
-                run.sums += torch.cat([torch.ones_like(means[:1]), means])
-                run.batch += 1
-                bar.update()
-                recent.append(means[: run.losses])
-                last = run.batch == len(batches)
-                due = bool(asked) or time.monotonic() - saved >= SAVE_EVERY
-                if last or due or len(recent) * run.losses >= CHECK_EVERY:
-                    check_finite(run, recent, bar)
-                if last:
-                    run.seconds = time.monotonic() - started
-                    end_of_epoch(run, data, beta, free_bits, bar)
-                    started = time.monotonic() - run.seconds
-                if due or run.epoch == config["epochs"]:
-                    run.seconds = time.monotonic() - started
-                    run.save()
-                    saved = time.monotonic()
-                if asked and run.epoch < config["epochs"]:
-                    bar.close()
-                    print(f"stopped in epoch {run.epoch + 1} after update {run.updates}")
-                    print(f"go on with: python train.py --resume {run.folder}", flush=True)
-                    raise SystemExit(128 + asked[0])
+    while run.epoch < config["epochs"]:
+        batches = shuffled(images, config["batch_size"], config["seed"], run.epoch)
+        for rows in batches[run.batch :]:
+            progress = run.epoch + run.batch / len(batches)
+            beta, free_bits = kl_weight(config, progress)
+            run.set_rates(rate_factor(config, progress))
+            x = to_input(images[own_rows(rows)].to(run.device))
+            means = update(run, x, beta, free_bits)
+            if run.averaged is not None:
+                run.averaged.update_parameters(run.model)
+            run.sums += torch.cat([torch.ones_like(means[:1]), means])
+            run.batch += 1
+            bar.update()
+            recent.append(means[: run.losses])
+            last = run.batch == len(batches)
+            due = time.monotonic() - saved >= SAVE_EVERY
+            if last or due or len(recent) * run.losses >= CHECK_EVERY:
+                check_finite(run, recent, bar)
+            if last:
+                run.seconds = time.monotonic() - started
+                end_of_epoch(run, data, beta, free_bits, bar)
+                started = time.monotonic() - run.seconds
+            if due or run.epoch == config["epochs"]:
+                run.seconds = time.monotonic() - started
+                run.save()
+                saved = time.monotonic()
     torch.set_float32_matmul_precision("highest")
 
 
@@ -366,25 +360,6 @@ def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float, bar: tqdm)
     run.metrics.append(line)
     if FIRST and (measure or run.epoch % max(1, run.config["epochs"] // 20) == 0):
         bar.write(text)
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are noted in a list, for a stop after the batch; a second one stops at
-    once. Of several processes each ends at once, since no other would know."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: object) -> None:
-        asked.append(number)
-        signal.signal(number, before[number])
-
-    signals = (signal.SIGINT, signal.SIGTERM) if SIZE == 1 else ()
-    before = {number: signal.signal(number, ask) for number in signals}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,7 +426,7 @@ def introduce(run: Run, data: Data) -> None:
         f"training  {training.format(**c)}, batches of {c['batch_size']}, seed {c['seed']}",
         f"device    {run.device}, {str(run.dtype).removeprefix('torch.')}{graph}{processes}",
         f"paper     {training.format(**paper)}, {paper['update']} updates (--size paper)",
-        f"writes to {run.folder}",
+        f"writes to {run.folder} every minute: Ctrl-C stops, --resume {run.folder} goes on",
         sep="\n",
         flush=True,
     )
