@@ -135,7 +135,7 @@ def load(
 
 
 def evenly(images: int, n: int) -> Tensor:
-    """The numbers of n of so many images, or of all, evenly spaced."""
+    """The indices of n of so many images, or of all, evenly spaced."""
     n = min(n, images)
     return torch.arange(n) * images // n
 
@@ -413,15 +413,11 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def binarize(images: Tensor) -> Tensor:
-    """A fresh binary image, float32 0 or 1, each pixel 1 with probability value/255."""
-    return (torch.rand(images.shape, device=images.device) < to_unit(images)).float()
-
-
 def to_input(images: Tensor) -> Tensor:
-    """What a model is to explain of uint8 images (B, C, H, W): grey ones (C = 1) binarised afresh,
-    colour ones as they are, float32 in [0, 1]."""
-    return binarize(images) if images.shape[1] == 1 else to_unit(images)
+    """What a model is to explain of uint8 images (B, C, H, W), float32: grey ones (C = 1) binarised
+    afresh, each pixel 1 with probability value/255, else 0; colour ones as they are, in [0, 1]."""
+    x = to_unit(images)
+    return x if images.shape[1] > 1 else (torch.rand(x.shape, device=x.device) < x).float()
 
 
 def shuffled(images: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:

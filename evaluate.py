@@ -28,6 +28,7 @@ from files import Parser, UserError, one_line, write_json, writing
 from probe import linear_probe
 
 CHECKPOINT, FORMAT = "checkpoint.pt", 4  # a checkpoint's name and version
+DONE = ("epoch", "updates", "made_by")  # what a checkpoint knows beside its configuration
 ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active (Burda et al. 2016)
 WIDEST = 1024  # numbers of a level that the probe takes: wider maps are averaged over squares
 PROBE_OF = {  # what of the posterior is probed: arguments of `representations`
@@ -97,8 +98,7 @@ def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[model
     if state["ema"] is not None:
         averaged = state["ema"].items()
         model.load_state_dict({k.removeprefix("module."): v for k, v in averaged if "module." in k})
-    done = {key: state[key] for key in ("epoch", "updates")}
-    return model.to(device).eval(), state["config"] | done
+    return model.to(device).eval(), state["config"] | {key: state[key] for key in DONE}
 
 
 def save_weights(path: Path, model: models.Network, config: dict) -> None:
@@ -106,7 +106,7 @@ def save_weights(path: Path, model: models.Network, config: dict) -> None:
     state = {"format": FORMAT, "config": config, "model_config": model.config._asdict()}
     state |= {"model": model.state_dict(), "ema": None}
     with writing(path) as beside:
-        torch.save(state | {key: config[key] for key in ("epoch", "updates")}, beside)
+        torch.save(state | {key: config[key] for key in DONE}, beside)
 
 
 def load_data(config: dict, data_dir: str | None = None) -> Data:
@@ -173,11 +173,6 @@ def probes(
 # Likelihoods and divergences
 
 
-def bits_per_dimension(nats: float, dims: int) -> float:
-    """-log p(x) / (dims ln 2) from log p(x) in nats."""
-    return -nats / (dims * math.log(2))
-
-
 @torch.no_grad()
 def active_units(model: models.Network, images: Tensor) -> list[int]:
     """How many dimensions of each level have a posterior mean whose variance over the images
@@ -205,16 +200,12 @@ def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int
         with seeded(device, seed + start):
             x = to_input(batch)
             inference = model.infer(x)
-            below = [None] * levels  # those that level l leaves to the priors: below[:l]
-            paths = [
-                model.generate(below[:level] + inference.latents[level:]).log_prob(x)
-                for level in range(levels)
-            ]
+            z = inference.latents
+            paths = [model.generate([None] * k + z[k:]).log_prob(x) for k in range(levels)]
             elbo = paths[0] - rewards.log_ratios(inference).sum(dim=0)
             values = [*rewards.level_kl(inference), *paths, elbo]
             if samples:
-                bound = rewards.importance_weighted_bound(model, x, samples, 2 * len(x))
-                values.append(bound)
+                values.append(rewards.importance_weighted_bound(model, x, samples))
             sums[: len(values)] += torch.stack([v.double().sum() for v in values])
     *means, elbo, iwae = (sums / len(images)).tolist()
     return {
@@ -263,7 +254,7 @@ def evaluate(
             result[name] = probes(model, data, probe, kind)
     if result.get("iwae_samples") != samples:
         result |= densities(model, data.test, samples) | {"iwae_samples": samples}
-        result["bpd"] = bits_per_dimension(result["elbo"], data.test[0].numel())
+        result["bpd"] = -result["elbo"] / (data.test[0].numel() * math.log(2))
         result["active_units"] = active_units(model, data.test)
     for level in mine_levels:
         if f"z{level + 1}" not in result["mine"]:
@@ -356,7 +347,8 @@ def main(argv: list[str] | None = None) -> None:
             save_weights(args.save, model, config)
         data = place(load_data(config, args.data_dir), device)
         path = args.run / "eval.json"
-        kept = kept_evaluation(path, config)
+        other = args.data_dir is not None and config["dataset"] == "folder"  # images, perhaps
+        kept = describe(config) if other else kept_evaluation(path, config)
         levels = tuple(int(level) - 1 for level in wanted)
         result = evaluate(model, data, kept, args.samples, args.probe, args.probe_of, levels)
         if args.run.is_dir():  # a file of weights is only measured

@@ -9,6 +9,7 @@ its folder with the checkpoint, or a file of weights, and the data.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -60,23 +61,14 @@ class Row(NamedTuple):
     classes: tuple[str, ...] = ()
 
 
-def load(group: tables.Group, device: torch.device, data_dir: str | None) -> Row:
-    first, dataset = group.first, group.first.config["dataset"]
-    label = group.label.removeprefix(f"{dataset}-")
-    row = Row(label, dataset, first.method, first.levels, group.runs)
-    if first.folder is None or not (first.folder / evaluate.CHECKPOINT).exists():
+def load(runs: list[tables.Run], device: torch.device, data_dir: str | None) -> Row:
+    """The row of its runs, or of one that stands for a file of weights and has no numbers."""
+    first, dataset = runs[0], runs[0].config["dataset"]
+    label, path = first.row.removeprefix(f"{dataset}-"), first.folder
+    levels = len(first.evaluation.get("kl", ()))
+    row = Row(label, dataset, first.method, levels, [run for run in runs if run.evaluation])
+    if path is None or (path.is_dir() and not (path / evaluate.CHECKPOINT).exists()):
         return row
-    return with_model(row, first.folder, device, data_dir)
-
-
-def load_weights(path: Path, device: torch.device, data_dir: str | None) -> Row:
-    config = evaluate.load_run(path)[1]
-    run = tables.Run(path.stem, config["seed"], config, {}, [])
-    row = Row(run.row.removeprefix(f"{config['dataset']}-"), config["dataset"], run.method, 0, [])
-    return with_model(row, path, device, data_dir)
-
-
-def with_model(row: Row, path: Path, device: torch.device, data_dir: str | None) -> Row:
     model, config = evaluate.load_run(path, device)
     data = evaluate.load_data(config, data_dir)
     row = row._replace(model=model, levels=model.levels, images=data.test)
@@ -221,7 +213,7 @@ def traversal(axes: Axes, row: Row, top: Tensor) -> None:
 
 def fig5_latents(rows: list[Row]) -> Figure:
     """Figure 5: t-SNE of z_L for 2,000 test images, and a traversal of two of its dimensions."""
-    if any(row.model.latent_shapes[-1] == (1,) for row in rows):
+    if any(math.prod(row.model.latent_shapes[-1]) < 2 for row in rows):
         raise Missing("top levels of two dimensions or more")
     figure = Figure(figsize=(9.4, 4.7 * len(rows)))
     grid = figure.subplots(len(rows), 2, squeeze=False)
@@ -297,7 +289,7 @@ def fig7_kl(rows: list[Row]) -> Figure:
     return axes.figure
 
 
-def course(run: tables.Run) -> np.ndarray:
+def training_curve(run: tables.Run) -> np.ndarray:
     """(epochs, 4): minutes of training, and CURVES, nan where --eval-every measured nothing."""
     values, last = np.empty((len(run.metrics), 4)), tables.measures(run)
     for i, line in enumerate(run.metrics):
@@ -313,7 +305,7 @@ def curves(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(12.6, 6.9))
     grid = figure.subplots(2, len(CURVES), sharey="col")
     for i, row in enumerate(rows):
-        courses = [course(run) for run in row.runs]
+        courses = [training_curve(run) for run in row.runs]
         epochs = np.arange(1, 1 + min(map(len, courses)))
         courses = [values[: len(epochs)] for values in courses]
         style = line_style(i, row.method) | dict(markersize=2)
@@ -348,7 +340,8 @@ def draw(rows: list[Row], folder: Path) -> Iterator[str]:
         path = folder / f"{make.__name__.replace('_', '-')}{suffix}.png"
         try:
             if not shown:
-                raise Missing("a run folder with its checkpoint")
+                numbers = make in (fig6_depth, fig7_kl, curves)
+                raise Missing("a run" if numbers else "a run folder with its checkpoint")
             figure = make(shown)
         except Missing as what:
             yield f"not made: {path.name} needs {what}"
@@ -370,15 +363,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line(parser):
         weights = [Path(run) for run in args.runs if run.endswith(".pt")]
-        runs = [run for run in args.runs if not run.endswith(".pt")]
+        configs = [evaluate.load_checkpoint(path)["config"] for path in weights]
+        runs = [
+            tables.Run(path.stem, config["seed"], config, {}, [], path)
+            for path, config in zip(weights, configs, strict=True)
+        ]
         try:
-            chosen = tables.choose(tables.read(runs), args.rows.split(",")) if runs else []
-            groups = tables.groups(chosen)
+            runs += tables.read(run for run in args.runs if not run.endswith(".pt"))
+            groups = tables.groups(tables.choose(runs, args.rows.split(",")))
         except tables.BadRun as error:
             parser.error(str(error))
         device = pick_device(args.device)
-        rows = [load(group, device, args.data_dir) for group in groups]
-        rows += [load_weights(path, device, args.data_dir) for path in weights]
+        rows = [load(group, device, args.data_dir) for group in groups.values()]
         args.out.mkdir(parents=True, exist_ok=True)
         for line in draw(rows, args.out):
             print(line, flush=True)

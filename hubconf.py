@@ -6,7 +6,7 @@ from pathlib import Path
 import evaluate
 from models import Network
 
-dependencies = ["torch", "torchvision", "numpy", "sklearn", "joblib"]
+dependencies = ["torch", "torchvision", "numpy", "sklearn", "joblib", "tqdm", "PIL"]
 
 
 def _entry(path: Path) -> Callable[..., Network]:

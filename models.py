@@ -71,14 +71,6 @@ ARCHS = ("vae", "aae", "hvae", "lvae", "biva")
 ONE_LEVEL = ("vae", "aae")
 
 
-def preset(size: str, image: tuple[int, int, int]) -> dict:
-    """The row of PRESETS for a kind of image (channels, height, width). Raises ValueError."""
-    kind = "grey" if image[0] == 1 else "colour" if image[1] <= 48 else "large"
-    if kind not in PRESETS[size]:
-        raise ValueError(f"--size {size} is for grey images: take small or paper for colour")
-    return PRESETS[size][kind]
-
-
 def latent_names(levels: int, grey: bool, preset_names: tuple[str, ...]) -> tuple[str, ...]:
     """The latents of a hierarchy of any depth, bottom to top.
 
@@ -107,7 +99,10 @@ def configure(
     `latents` ("8c,64,32,16,8", bottom to top) overrides the preset's; `levels` takes those of
     `latent_names`. Raises ValueError, with a message for the user, for what cannot be built.
     """
-    row = preset(size, image)
+    kind = "grey" if image[0] == 1 else "colour" if image[1] <= 48 else "large"
+    if kind not in PRESETS[size]:
+        raise ValueError(f"--size {size} is for grey images: take small or paper for colour")
+    row = PRESETS[size][kind]
     if latents is not None:
         names = tuple(part.strip() for part in latents.split(","))
         if levels not in (None, len(names)):
@@ -196,7 +191,9 @@ class ToGaussian(nn.Module):
 
     def forward(self, features: Tensor) -> Independent:
         h = F.relu(features)
-        h = self.head(h if self.maps else h.permute(0, 2, 3, 1).flatten(1))  # as it lies in memory
+        h = self.head(
+            h if self.maps else h.permute(0, 2, 3, 1).flatten(1)
+        )  # channels last: no copy
         mean, scale = full_precision(h).contiguous().chunk(2, dim=1)
         # A softplus that is 1 at 0: a new level starts near the unit Gaussian.
         scale = F.softplus(scale, beta=math.log(2)).clamp_min(1e-6)
@@ -356,15 +353,12 @@ class Hierarchy(Network):
                 self.prior_heads.append(ToGaussian(channels, size, shape))
 
     def top_down(self, level: int, above: Tensor | None) -> tuple[Tensor | None, Independent]:
-        """Features of the sample above at `level`, and the prior they give: p(z_l | z_{l+1})."""
+        """Features of the sample above at `level`, and the prior they give: p(z_l | z_{l+1}). At
+        the top no features, and N(0, I) with batch size 1."""
         if level == self.levels - 1:
             return None, self.top_prior()
         features = self.decoder[level + 1](above)
         return features, self.prior_heads[level](features)
-
-    def prior(self, level: int, above: Tensor | None = None) -> Independent:
-        """p(z_l | z_{l+1} = above); at the top N(0, I) with batch size 1, `above` unused."""
-        return self.top_down(level, above)[1]
 
     def decode(self, starts: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
         """p(x | z_l) along the skip path of every start, all paths in one descent.
@@ -378,7 +372,7 @@ class Hierarchy(Network):
             if starts[level] is not None:
                 rows = starts[level] if rows is None else torch.cat([starts[level], rows])
             if rows is not None and level > 0:
-                rows = through(self.prior(level - 1, rows), skip)
+                rows = through(self.top_down(level - 1, rows)[1], skip)
         if rows is None:
             raise ValueError("decode: every start is None")
         return self.pixels(self.decoder[0](rows))
@@ -418,8 +412,9 @@ class HVAE(Hierarchy):
                 h = self.merge[level - 1](h, self.embed[level - 1](latents[-1]))
             posteriors.append(self.posterior_heads[level](h))
             latents.append(posteriors[-1].rsample() if sample else posteriors[-1].mean)
-        priors = [self.prior(level, above) for level, above in enumerate(latents[1:])]
-        return Inference(posteriors, [*priors, self.prior(self.levels - 1)], latents)
+        above = [*latents[1:], None]
+        priors = [self.top_down(level, z)[1] for level, z in enumerate(above)]
+        return Inference(posteriors, priors, latents)
 
 
 class LVAE(Hierarchy):

@@ -73,8 +73,8 @@ def skip_paths(
     `paths[l]` are the images whose level l is decoded: `slice(None)` for all, None for none. The
     path takes the means of the priors below it (`skip="mean"`) or a sample of each ("sample").
 
-    All paths go down in one batch. The first step of each, the prior of the level below, is what
-    the KL needs too and stands in `inference` already.
+    All paths go down in one batch. The first step of each is the prior of the level below, which
+    `inference` has computed for the KL already.
     """
     if skip not in ("mean", "sample"):
         raise ValueError(f"unknown skip {skip!r}: choose mean or sample")
@@ -194,13 +194,13 @@ def sampled_loss(
     return Loss(q_value(paid, gamma, summed=True).mean() - log_px, kl.detach().mean(dim=1))
 
 
-def path_counts(images: int, weights: Sequence[float]) -> list[int]:
-    """How many of a batch's images go along each path: in proportion to the weights, at least 1.
+def share_paths(images: int, weights: Sequence[float]) -> list[slice]:
+    """Which of a batch's images go down from each level, one path an image: in proportion to the
+    weights, at least one image a path, for which there must be as many images as paths.
 
-    Raises ValueError where there are fewer images than paths.
+    The order of the images decides. It has to be random, as in a shuffled batch: then each image
+    has the same chance of each path, and `weighted_mean` is without bias. All shapes are fixed.
     """
-    if images < len(weights):
-        raise ValueError(f"{images} images cannot be shared among {len(weights)} paths")
     spare, total = images - len(weights), sum(weights)
     wanted = [max(0.0, images * w / total - 1) for w in weights]
     shares = [spare * w / sum(wanted) if spare else 0.0 for w in wanted]
@@ -208,16 +208,6 @@ def path_counts(images: int, weights: Sequence[float]) -> list[int]:
     by_remainder = sorted(range(len(shares)), key=lambda i: math.floor(shares[i]) - shares[i])
     for i in by_remainder[: images - sum(counts)]:
         counts[i] += 1
-    return counts
-
-
-def share_paths(images: int, weights: Sequence[float]) -> list[slice]:
-    """Which of a batch's images go down from each level, one path an image, by `path_counts`.
-
-    The order of the images decides. It has to be random, as in a shuffled batch: then each image
-    has the same chance of each path, and `weighted_mean` is without bias. All shapes are fixed.
-    """
-    counts = path_counts(images, weights)
     ends = itertools.accumulate(counts)
     return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
@@ -250,18 +240,15 @@ def ivae_loss(model, x: Tensor, skip="mean", sampled=False, beta=1.0, free_bits=
 
 
 @torch.no_grad()
-def importance_weighted_bound(model, x: Tensor, samples: int, at_once: int = 1024) -> Tensor:
+def importance_weighted_bound(model, x: Tensor, samples: int) -> Tensor:
     """(B,): log (1/K) sum_k p(x, z^k) / q(z^k|x), K = `samples` (Burda et al. 2016), in nats.
 
-    A lower bound of log p(x) that is the ELBO at K = 1 and rises to log p(x) with K. About
-    `at_once` images and samples are inferred in one batch.
+    A lower bound of log p(x) that is the ELBO at K = 1 and rises to log p(x) with K.
     """
-    per_pass = max(1, min(samples, at_once // max(1, len(x))))
     log_weights = []
-    for done in range(0, samples, per_pass):
-        k = min(per_pass, samples - done)
-        repeated = x.repeat(k, *[1] * (x.dim() - 1))
+    for done in range(0, samples, 2):  # two a batch
+        repeated = x.repeat(min(2, samples - done), *[1] * (x.dim() - 1))
         inference = model.infer(repeated)
         log_w = reconstruction(model, repeated, inference) - log_ratios(inference).sum(dim=0)
-        log_weights.append(log_w.view(k, len(x)))
+        log_weights.append(log_w.view(-1, len(x)))
     return torch.cat(log_weights).logsumexp(dim=0) - math.log(samples)

@@ -111,12 +111,12 @@ def defaults(given: dict) -> dict:
     else:
         digits, colour = config["dataset"] == "digits", SHAPES[config["dataset"]][0] > 1
         best = config["size"] == "best"
-        epochs, warmup = (40, 20) if best else (20, 10)  # digits and colour are trained for others
+        epochs, warmup = (40, 20) if best else (20, 10)  # digits and colour: below
         config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 10 if colour else epochs)
         if best:
             config |= dict(schedule="cosine", ema=0.999)
         if config["rl"] or config["ivae"]:
-            # Until the decoder listens to a level, the KL would win there. That takes some 240
+            # Until the decoder uses a level, its KL outweighs its reward. That takes some 240
             # updates for a whole level and some thousand for some of its units; bottom-up on
             # colour images all levels are at stake.
             half = max(1, (config | given)["epochs"] // 2)

@@ -69,15 +69,6 @@ class Run(NamedTuple):
         return self.name.removesuffix(f"-{self.seed}")
 
 
-class Group(NamedTuple):
-    label: str  # the row's name
-    runs: list[Run]  # by seed
-
-    @property
-    def first(self) -> Run:
-        return self.runs[0]
-
-
 def read(paths: Iterable[str | Path]) -> list[Run]:
     """The runs of run folders and .jsonl files, in the order given. BadRun where one is none."""
     runs = []
@@ -105,9 +96,12 @@ def read(paths: Iterable[str | Path]) -> list[Run]:
 
 def choose(runs: Iterable[Run], patterns: Iterable[str]) -> list[Run]:
     """The runs of the rows that match a pattern, in the order of the patterns. BadRun of none."""
-    chosen = [run for glob in patterns for run in runs if fnmatchcase(run.row, glob)]
-    if not chosen:
-        raise BadRun(f"no row is named {' or '.join(patterns)}")
+    chosen: list[Run] = []
+    for glob in patterns:
+        matching = [run for run in runs if fnmatchcase(run.row, glob)]
+        if not matching:
+            raise BadRun(f"no row is named {glob}")
+        chosen += [run for run in matching if run not in chosen]
     return chosen
 
 
@@ -136,8 +130,9 @@ def at_epoch(run: Run, epoch: int) -> Run:
     return run._replace(evaluation=evaluation, metrics=lines)
 
 
-def groups(runs: Iterable[Run]) -> list[Group]:
-    """Rows in the order given. BadRun where a row has a seed twice or runs of other settings."""
+def groups(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Rows by name, in the order given; the runs of each by seed. BadRun where a row has a seed
+    twice or runs of other settings."""
     rows: dict[str, dict[int, Run]] = {}
     for run in runs:
         row = rows.setdefault(run.row, {})
@@ -150,7 +145,7 @@ def groups(runs: Iterable[Run]) -> list[Group]:
             a, b = first.config.get(key), run.config.get(key)
             if (a or None) != (b or None):  # a setting that is absent is off
                 raise BadRun(f"{first.name} and {run.name} differ in {key}, {a} and {b}")
-    return [Group(label, [row[seed] for seed in sorted(row)]) for label, row in rows.items()]
+    return {label: [row[seed] for seed in sorted(row)] for label, row in rows.items()}
 
 
 def measures(run: Run) -> dict:
@@ -191,16 +186,18 @@ def cell(values: list, decimals: int) -> str:
     return f"{mean:{form}}" + (f" ± {statistics.stdev(values):{form}}" if values[1:] else "")
 
 
-def table(rows: list[Group], markdown: bool = False, columns: Iterable[str] = SHOWN) -> str:
+def table(
+    rows: dict[str, list[Run]], markdown: bool = False, columns: Iterable[str] = SHOWN
+) -> str:
     """Rows as text or Markdown, a table a data set; a column that no row fills is left out."""
     parts = []
-    for dataset in dict.fromkeys(row.first.config["dataset"] for row in rows):
-        here = [row for row in rows if row.first.config["dataset"] == dataset]
-        filled = [["", *(row.label for row in here)], ["seeds", *(str(len(r.runs)) for r in here)]]
+    for dataset in dict.fromkeys(runs[0].config["dataset"] for runs in rows.values()):
+        here = {name: runs for name, runs in rows.items() if runs[0].config["dataset"] == dataset}
+        filled = [["", *here], ["seeds", *(str(len(runs)) for runs in here.values())]]
         for name in columns:
             heading, decimals, _ = MEASURES[name]
-            values = [[m[name] for m in map(measures, row.runs) if name in m] for row in here]
-            beside = [reported(row.first).get(name, "").replace("±", " ± ") for row in here]
+            values = [[m[name] for m in map(measures, runs) if name in m] for runs in here.values()]
+            beside = [reported(r[0]).get(name, "").replace("±", " ± ") for r in here.values()]
             if any(values):
                 filled.append([heading, *(cell(v, decimals) if v else "" for v in values)])
                 filled += [["paper", *beside]] if any(beside) else []

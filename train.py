@@ -37,7 +37,7 @@ from files import UserError, one_line, write_json, writing
 from settings import MAY_CHANGE, check, defaults, idle, kl_weight, network, parser, rate_factor
 
 SAVE_EVERY = 60  # seconds between checkpoints
-CHECK_EVERY = 20  # updates between looks at the losses: each look waits for the device
+CHECK_EVERY = 20  # batches between looks at the losses: each look waits for the device
 
 # Under torchrun every process takes its rows of each batch; the first one evaluates and writes.
 RANK, LOCAL_RANK, SIZE = (
@@ -57,17 +57,17 @@ def losses(
     """The losses that a batch is used for, functions of model and x, one optimiser step each."""
     if config["arch"] == "aae":
         return list(baselines.AAE_LOSSES)
-    terms = dict(beta=beta, free_bits=free_bits)
-    if not (config["rl"] or config["ivae"]):
-        return [partial(rewards.elbo_loss, **terms)]
-    terms |= dict(skip=config["skip"])
+    update, gamma, skip, pay = (config[key] for key in ("update", "gamma", "skip", "pay"))
+    kl = dict(beta=beta, free_bits=free_bits)
+    if config["rl"] and update == "stepwise":
+        q = partial(rewards.stepwise_loss, gamma=gamma, skip=skip, pay=pay, **kl)
+        return [partial(q, step=t) for t in range(levels)]
+    if config["rl"]:
+        q = rewards.joint_loss if update == "joint" else rewards.sampled_loss
+        return [partial(q, gamma=gamma, skip=skip, pay=pay, **kl)]
     if config["ivae"]:
-        return [partial(rewards.ivae_loss, sampled=config["update"] == "sampled", **terms)]
-    terms |= dict(gamma=config["gamma"], pay=config["pay"])
-    if config["update"] == "stepwise":
-        return [partial(rewards.stepwise_loss, step=t, **terms) for t in range(levels)]
-    loss = rewards.joint_loss if config["update"] == "joint" else rewards.sampled_loss
-    return [partial(loss, **terms)]
+        return [partial(rewards.ivae_loss, skip=skip, sampled=update == "sampled", **kl)]
+    return [partial(rewards.elbo_loss, **kl)]
 
 
 def algorithm_1(run: "Run", x: Tensor, beta: float | Tensor, free_bits: float) -> Tensor:
@@ -105,8 +105,8 @@ class Objective(nn.Module):
 
 
 class Captured:
-    """All updates by a batch as one CUDA graph: some thousand kernels, recorded once and from then
-    on replayed, which take longer to be launched one by one than to run.
+    """All updates by a batch as one CUDA graph. Launching its thousand small kernels takes longer
+    than running them, so they are recorded once and replayed.
 
     A replay reads and writes where the recording did. So a batch is first copied there, and the
     KL's weight and the learning rates lie in the device's memory. The free bits are part of the
@@ -174,7 +174,9 @@ class Run:
 
     def __init__(self, config: dict, device: torch.device, data: Data | None = None):
         self.config, self.device, self.folder = config, device, Path(config["out"])
-        self.images = data and [len(data.to_train_on), len(data.test), *data.classes]
+        self.images = None  # how many, and the classes
+        if data is not None:
+            self.images = [len(data.to_train_on), len(data.test), *data.classes]
         torch.manual_seed(config["seed"])
         self.model = baselines.build(network(config)).to(device)
         parts, options = [list(self.model.parameters())], [{"lr": config["lr"]}]
@@ -295,7 +297,6 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
     """Trains until the last epoch, with a checkpoint every SAVE_EVERY seconds and at the end."""
     config, images = run.config, data.to_train_on
     started, saved = time.monotonic() - run.seconds, time.monotonic()
-    recent: list[Tensor] = []  # losses that were not looked at yet
     if run.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     while run.epoch < config["epochs"]:
@@ -311,11 +312,10 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
             run.sums += torch.cat([torch.ones_like(means[:1]), means])
             run.batch += 1
             bar.update()
-            recent.append(means[: run.losses])
             last = run.batch == len(batches)
             due = time.monotonic() - saved >= SAVE_EVERY
-            if last or due or len(recent) * run.losses >= CHECK_EVERY:
-                check_finite(run, recent, bar)
+            if last or due or run.batch % CHECK_EVERY == 0:
+                check_finite(run, bar)
             if last:
                 run.seconds = time.monotonic() - started
                 end_of_epoch(run, data, beta, free_bits, bar)
@@ -327,18 +327,16 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def check_finite(run: Run, recent: list[Tensor], bar: tqdm) -> None:
+def check_finite(run: Run, bar: tqdm) -> None:
     """UserError at a loss or a parameter that is not finite, before it can be saved."""
-    values = torch.stack(recent)
     parameters = torch.nn.utils.get_total_norm(run.model.parameters())
-    if not (values.isfinite().all() and parameters.isfinite()):
+    if not (run.sums.isfinite().all() and parameters.isfinite()):
         raise UserError(
             f"the loss or a parameter is not finite in epoch {run.epoch + 1}, by update "
             f"{run.updates}: try a lower --lr or --dtype float32; {run.folder} keeps the last good "
             "checkpoint"
         )
-    bar.set_postfix(loss=f"{values[-1, -1].item():.1f}", refresh=False)
-    recent.clear()
+    bar.set_postfix(loss=f"{(run.sums[run.losses] / run.sums[0]).item():.1f}", refresh=False)
 
 
 def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float, bar: tqdm) -> None:
@@ -369,7 +367,7 @@ def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float, bar: tqdm)
 def prepare(flags: dict) -> tuple[dict, dict | None]:
     """The configuration of the run and, where it goes on, its checkpoint. Checks the folder.
 
-    What was not given is decided anew on --resume: by the new --epochs, if there are such.
+    On --resume what was not given is decided anew, by --epochs where these are raised.
     """
     overwrite, resume = flags.pop("overwrite", False), flags.pop("resume", None)
     if resume is None:
