@@ -119,6 +119,8 @@ def load(
     if validation:
         n = len(data.train)
         held_out, count = torch.zeros(n, dtype=torch.bool), min(10_000, n // 5)
+        if count == 0:
+            raise UserError(f"--validation: {n} training images are too few, take 5 or more")
         held_out[evenly(n, count) if by_class else slice(n - count, n)] = True
         images, labels = data.train, data.train_labels
         data = data._replace(train=images[~held_out], test=images[held_out])

@@ -28,7 +28,7 @@ from files import Parser, UserError, one_line, write_json, writing
 from probe import linear_probe
 
 CHECKPOINT, FORMAT = "checkpoint.pt", 4  # a checkpoint's name and version
-DONE = ("epoch", "updates", "made_by")  # what a checkpoint knows beside its configuration
+PROVENANCE = ("epoch", "updates", "made_by")  # what a checkpoint knows beside its configuration
 ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active (Burda et al. 2016)
 WIDEST = 1024  # numbers of a level that the probe takes: wider maps are averaged over squares
 PROBE_OF = {  # what of the posterior is probed: arguments of `representations`
@@ -77,7 +77,7 @@ def load_checkpoint(run: Path) -> dict:
     """The checkpoint in a run's folder, or a file of weights; UserError says what is wrong."""
     path = run if run.suffix == ".pt" else run / CHECKPOINT
     if not path.is_file():
-        raise UserError(f"no run at {run}: name a folder that train.py has written")
+        raise UserError(f"no run at {run}: name a folder that train.py has written or a .pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -98,15 +98,16 @@ def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[model
     if state["ema"] is not None:
         averaged = state["ema"].items()
         model.load_state_dict({k.removeprefix("module."): v for k, v in averaged if "module." in k})
-    return model.to(device).eval(), state["config"] | {key: state[key] for key in DONE}
+    return model.to(device).eval(), state["config"] | {key: state[key] for key in PROVENANCE}
 
 
 def save_weights(path: Path, model: models.Network, config: dict) -> None:
     """What `load_run` has given, as a file of weights that it takes: for others to load."""
     state = {"format": FORMAT, "config": config, "model_config": model.config._asdict()}
     state |= {"model": model.state_dict(), "ema": None}
-    with writing(path) as beside:
-        torch.save(state | {key: config[key] for key in DONE}, beside)
+    state |= {key: config[key] for key in PROVENANCE}
+    with writing(path) as beside, open(beside, "wb") as file:
+        torch.save(state, file)
 
 
 def load_data(config: dict, data_dir: str | None = None) -> Data:

@@ -191,9 +191,7 @@ class ToGaussian(nn.Module):
 
     def forward(self, features: Tensor) -> Independent:
         h = F.relu(features)
-        h = self.head(
-            h if self.maps else h.permute(0, 2, 3, 1).flatten(1)
-        )  # channels last: no copy
+        h = self.head(h if self.maps else h.permute(0, 2, 3, 1).flatten(1))  # as it lies in memory
         mean, scale = full_precision(h).contiguous().chunk(2, dim=1)
         # A softplus that is 1 at 0: a new level starts near the unit Gaussian.
         scale = F.softplus(scale, beta=math.log(2)).clamp_min(1e-6)

@@ -196,11 +196,13 @@ def sampled_loss(
 
 def share_paths(images: int, weights: Sequence[float]) -> list[slice]:
     """Which of a batch's images go down from each level, one path an image: in proportion to the
-    weights, at least one image a path, for which there must be as many images as paths.
+    weights, at least one image a path. Raises ValueError where there are fewer images than paths.
 
     The order of the images decides. It has to be random, as in a shuffled batch: then each image
     has the same chance of each path, and `weighted_mean` is without bias. All shapes are fixed.
     """
+    if images < len(weights):
+        raise ValueError(f"{images} images cannot be shared among {len(weights)} paths")
     spare, total = images - len(weights), sum(weights)
     wanted = [max(0.0, images * w / total - 1) for w in weights]
     shares = [spare * w / sum(wanted) if spare else 0.0 for w in wanted]

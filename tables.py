@@ -19,8 +19,7 @@ from typing import NamedTuple
 
 PAPER = Path(__file__).parent / "results" / "paper.csv"  # its Tables 1 to 5
 LATENTS = {"grey": "128,64,32,16,8", "colour": "128c,64c,256,128,64"}  # of its text
-NOT_COMPARED = {"seed", "out", "data_dir", "device", "eager", "eval_every", "probe"}
-NOT_COMPARED |= {"given", "made_by"}
+NOT_COMPARED = {"seed", "out", "data_dir", "device", "eval_every", "probe", "given", "made_by"}
 
 MEASURES = {  # name: heading, decimals, its place in an evaluation; lists bottom to top
     "probe": ("z_L probe %", 2, lambda e, z: e["probe"][z]),
@@ -169,10 +168,12 @@ def paper(dataset: str, method: str, levels: int, gamma: float) -> dict[str, str
 
 
 def reported(run: Run) -> dict[str, str]:
-    """What stands beside a run; nothing where it had fewer images or latents of another text."""
+    """What stands beside a run; nothing where it had other images or latents of another text."""
     config = run.config
+    if config["train_images"] or config.get("validation"):
+        return {}
     text = LATENTS["grey" if config["dataset"] == "fashionmnist" else "colour"]
-    if config["train_images"] or not f",{text}".endswith(f",{config['latents'] or text}"):
+    if not f",{text}".endswith(f",{config['latents'] or text}"):
         return {}
     return paper(config["dataset"], run.method, run.levels, config["gamma"])
 

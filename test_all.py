@@ -517,6 +517,8 @@ def test_paths_share_the_images():
             assert min(counts) >= 1
             share = [n * w / sum(weights) for w in weights]
             assert n < 128 or counts == pytest.approx(share, abs=1.5)
+    with pytest.raises(ValueError, match="4 images cannot be shared among 5 paths"):
+        rewards.share_paths(4, [1.0] * 5)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -1774,6 +1776,10 @@ def test_a_validation_split_is_made_of_training_images(tmp_path):
     assert split.test_labels.tolist() == [0, 1] and split.train_labels.tolist() == 4 * [0] + 4 * [1]
     whole = data.load("folder", tmp_path).train
     assert torch.equal(split.test, whole[[0, 5]]) and len(split.train) == 8
+    for k in range(3, 10):
+        (tmp_path / "train" / "ab"[k // 5] / f"{k}.png").unlink()
+    with pytest.raises(files.UserError, match="--validation: 3 training images are too few"):
+        data.load("folder", tmp_path, validation=True)
 
 
 def test_what_a_run_was_made_by(few, tmp_path, monkeypatch):
@@ -1826,6 +1832,8 @@ def test_weights_alone(few, tmp_path, capsys):
     assert made == {"fig1-skip-paths", "fig5-latents", "samples"}
     fails(capsys, ["--resume", path], "has weights alone")
     fails(capsys, [str(run), "--save", "x"], "--save x: name a file that ends", evaluate.main)
+    nowhere = str(tmp_path / "no/x.pt")
+    fails(capsys, [str(run), "--save", nowhere], "cannot read or write .*no/x.pt", evaluate.main)
 
 
 def test_evenly():
@@ -2160,6 +2168,7 @@ def test_table_of_seeds(tmp_path, capsys):
         *three_seeds(tmp_path),
         write_run(tmp_path, "gamma-0.8", {"rl": True, "gamma": 0.8}, 60.0),
         write_run(tmp_path, "few", {"arch": "biva", "train_images": 900}),
+        write_run(tmp_path, "held", {"arch": "biva", "validation": True}),
         write_run(tmp_path, "latents", {"arch": "biva", "latents": "9,8,7,6,5"}),
         write_run(tmp_path, "text", {"arch": "biva", "latents": "128,64,32,16,8"}),
         write_run(tmp_path, "digits", {"dataset": "digits"}, 0.0),
@@ -2173,7 +2182,8 @@ def test_table_of_seeds(tmp_path, capsys):
     assert rows["gamma-0.8"][2:6] == ["60.00", "77.98 ± 0.23", "85.00", ""]
     assert rows["digits"][:3] == ["digits", "1", "0.00"]  # a mean of 0 is a value
     # Nothing beside other data and latents than the paper's; those of its text are the paper's.
-    assert [rows[name][3] for name in ("few", "latents", "text")] == ["", "", "28.67 ± 0.64"]
+    assert [rows[name][3] for name in ("few", "held", "latents")] == ["", "", ""]
+    assert rows["text"][3] == "28.67 ± 0.64"
     text = printed(capsys, *runs[:-1]).splitlines()
     assert text[0] == "fashionmnist" and len({len(line) for line in text[1:]}) == 1  # aligned
 
