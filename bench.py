@@ -22,7 +22,8 @@ import models
 import rewards
 import settings
 import train
-from data import keep_freed_memory, pick_device, place, shuffled, to_input
+from data import place, shuffled, to_input
+from devices import keep_freed_memory, origin, pick_device
 from files import UserError, one_line
 
 WARM_UP, ROUNDS, SECONDS = 3, 7, 30  # untimed rounds; timed ones at least, and for how long
@@ -134,7 +135,7 @@ def measure(config: dict, device: torch.device, images: Tensor) -> dict:
     x = to_input(next(batches).to(device))
     run, first = timed[list(timed)[-1]][0], median(next(iter(seconds.values())))
     result = {key: config[key] for key in ("arch", "size", "dataset", "batch_size")}
-    result |= evaluate.origin(device, run.dtype)
+    result |= origin(device, run.dtype)
     result |= {"levels": run.model.levels, "cuda_graph": run.captured is not None, "ways": {}}
     for name, (run, update) in timed.items():
         run.captured = None  # a replay shows neither operations nor memory

@@ -4,8 +4,6 @@ Data sets are read below a data folder in their official layout, or downloaded t
 unpacked beside itself. What is decoded or resized is kept in decoded/ below the data folder.
 """
 
-import contextlib
-import ctypes
 import gzip
 import os
 import socket
@@ -364,39 +362,6 @@ def _folder(root: Path, side: int) -> Data:
         return Data(train, None, test, None, ())
     train_labels, test_labels = (torch.tensor([known.index(c) for c in part]) for part in classes)
     return Data(train, train_labels, test, test_labels, tuple(known))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device named "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") and not (name[:5] == "cuda:" and name[5:].isdigit()):
-        raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name}: no CUDA device here, or too few: choose --device cpu")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "float32", "bfloat16", or "auto": bfloat16 where the processor has instructions for it."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch lacks it
-        fast = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed, up to 1 GiB, instead of giving it back to the system page by
-    page and asking for it again in the next update, which took a tenth of the time on a CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD of malloc.h
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def place(data: Data, device: torch.device) -> Data:

@@ -6,12 +6,8 @@ python evaluate.py runs/digits-lvae-rl-0 --mine --probe-of sample
 What is measured is kept in the run's eval.json, which tables.py and figures.py read.
 """
 
-import contextlib
 import json
 import math
-import platform
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +19,8 @@ import baselines
 import mine
 import models
 import rewards
-from data import Data, evenly, in_order, load, pick_device, place, to_input, to_unit
+from data import Data, evenly, in_order, load, place, to_input, to_unit
+from devices import commit, pick_device, seeded
 from files import Parser, UserError, one_line, write_json, writing
 from probe import linear_probe
 
@@ -39,38 +36,8 @@ PROBE_OF = {  # what of the posterior is probed: arguments of `representations`
 }
 
 
-@contextlib.contextmanager
-def seeded(device: torch.device, seed: int = 0) -> Iterator[None]:
-    """The same random numbers each time; the caller's random state is untouched."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 # --------------------------------------------------------------------------------------------------
 # Runs
-
-
-def commit() -> str | None:
-    """The commit of this code, with "-dirty" where files have changed since; None outside git."""
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        here, quiet = Path(__file__).parent, subprocess.DEVNULL
-        return subprocess.check_output(describe, cwd=here, text=True, stderr=quiet).strip()
-    return None
-
-
-def origin(device: torch.device, dtype: torch.dtype) -> dict:
-    """What a run is made by: processor or GPU, threads, arithmetic, PyTorch and commit."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-            name = file.read().partition("model name\t: ")[2].partition("\n")[0] or name
-    about = {"device": name, "threads": torch.get_num_threads()}
-    about["dtype"] = str(dtype).removeprefix("torch.")
-    return about | {"torch": str(torch.__version__), "commit": commit()}
 
 
 def load_checkpoint(run: Path) -> dict:

@@ -26,7 +26,8 @@ from torchvision.utils import make_grid
 
 import evaluate
 import tables
-from data import pick_device, to_unit
+from data import to_unit
+from devices import pick_device, seeded
 from files import Parser, one_line, writing
 from models import Network
 
@@ -125,7 +126,7 @@ def samples(rows: list[Row]) -> Figure:
     """Samples from the prior: the pixels' means given an ancestral sample of the latents."""
     columns = max(4, 20 // len(rows))
     for axes, row in panels(rows, height=0.5 + 9.7 / len(rows)):
-        with evaluate.seeded(row.model.zero.device):
+        with seeded(row.model.zero.device):
             show(axes, row.model.sample(columns**2).mean, columns)
     return axes.figure
 

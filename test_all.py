@@ -49,6 +49,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import baselines
 import bench
 import data
+import devices
 import evaluate
 import figures
 import files
@@ -797,7 +798,7 @@ def test_densities_are_those_of_all_latents_together(arch, depth):
             log_w = log_w + ratio.flatten(1).sum(dim=1)
         return log_w
 
-    with torch.no_grad(), evaluate.seeded(torch.device("cpu"), 0):
+    with torch.no_grad(), devices.seeded(torch.device("cpu"), 0):
         x = data.to_input(pictures)
         inference = model.infer(x)
         elbo, many = log_weights(inference, x), []
@@ -1787,7 +1788,7 @@ def test_what_a_run_was_made_by(few, tmp_path, monkeypatch):
     usual = ["--out", str(tmp_path / "run"), "--epochs"]
     train.main([*TINY, *usual, "1"])
     train.main(["--resume", *usual, "2"])
-    monkeypatch.setattr(evaluate, "commit", lambda: "a1b2-dirty")
+    monkeypatch.setattr(devices, "commit", lambda: "a1b2-dirty")
     train.main(["--resume", *usual, "3", "--probe", "top"])
     train.main(["--resume", *usual, "3"])
     one, two = json.loads((tmp_path / "run/config.json").read_text())["made_by"]
@@ -1800,17 +1801,17 @@ def test_a_commit_is_named_with_its_changes(tmp_path, monkeypatch):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         return subprocess.check_output(["git", *identity, *argv], cwd=tmp_path, text=True).strip()
 
-    monkeypatch.setattr(evaluate, "__file__", str(write(tmp_path / "evaluate.py", "1")))
+    monkeypatch.setattr(devices, "__file__", str(write(tmp_path / "devices.py", "1")))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert evaluate.commit() is None
+    assert devices.commit() is None
     git("init", "-q")
-    git("add", "evaluate.py")
+    git("add", "devices.py")
     git("commit", "-qm", "first")
     git("tag", "-am", "no commit's name", "v1")
     commit = git("rev-parse", "--short", "HEAD")
-    assert evaluate.commit() == commit
-    write(tmp_path / "evaluate.py", "2")
-    assert evaluate.commit() == f"{commit}-dirty"
+    assert devices.commit() == commit
+    write(tmp_path / "devices.py", "2")
+    assert devices.commit() == f"{commit}-dirty"
 
 
 def test_weights_alone(few, tmp_path, capsys):
@@ -1885,7 +1886,7 @@ def test_mistakes_with_runs_give_one_line(few, tmp_path, monkeypatch, capsys):
 
 def test_without_torchrun_there_is_one_process():
     for rank in ("1", "8", "abc"):
-        code = "import train; print(train.RANK, train.SIZE, train.FIRST)"
+        code = "import devices; print(devices.RANK, devices.SIZE, devices.FIRST)"
         alone = os.environ | {"RANK": rank, "WORLD_SIZE": "2", "PYTHONPATH": str(HERE)}
         done = subprocess.run(
             [sys.executable, "-c", code], env=alone, capture_output=True, text=True
@@ -1896,7 +1897,9 @@ def test_without_torchrun_there_is_one_process():
 def two_processes(tmp_path: Path, code: str, *argv: str) -> subprocess.CompletedProcess:
     """What torchrun makes of a script of these lines."""
     script = tmp_path / "script.py"
-    script.write_text(f"import hashlib, os, signal, sys, torch, data, settings, train\n{code}")
+    script.write_text(
+        f"import hashlib, os, signal, sys, torch, data, devices, settings, train\n{code}"
+    )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launcher, str(script), *argv]
     paths = os.environ | {"PYTHONPATH": str(HERE)}
@@ -1908,14 +1911,14 @@ torch.distributions.Normal.rsample = lambda self, shape=(): self.loc
 x = (data.load("digits").train[:64] > 127).float()
 
 def gradients(size, *flags):
-    train.SIZE = size
+    train.SIZE = devices.SIZE = size
     flags = [*flags, "--latents", "4,2", "--channels", "4", "--dtype", "float32", "--lr", "1e-9"]
     config = settings.defaults(vars(settings.parser().parse_args(flags)))
     run = train.Run(config, torch.device("cpu"))
-    train.algorithm_1(run, x[train.own_rows(torch.arange(64))], 0.7, 0.0)
+    train.algorithm_1(run, x[devices.own_rows(torch.arange(64))], 0.7, 0.0)
     return [p.grad for p in run.model.parameters()]
 
-with train.group():
+with devices.group():
     for flags in ([], ["--rl", "--update", "stepwise"], ["--ivae", "--update", "joint"],
                   ["--arch", "hvae", "--rl", "--update", "joint"]):
         shared, alone = gradients(2, *flags), gradients(1, *flags)
@@ -1984,11 +1987,11 @@ def test_a_lost_process_ends_the_run_with_a_word_and_a_checkpoint(tmp_path):
 def test_own_rows(monkeypatch):
     """Equal parts that hold every row, whatever the numbers of rows and processes."""
     for size, n in itertools.product((1, 2, 3, 5), (1, 2, 7, 30)):
-        monkeypatch.setattr(train, "SIZE", size)
+        monkeypatch.setattr(devices, "SIZE", size)
         parts = []
         for rank in range(size):
-            monkeypatch.setattr(train, "RANK", rank)
-            parts.append(train.own_rows(torch.arange(n)).tolist())
+            monkeypatch.setattr(devices, "RANK", rank)
+            parts.append(devices.own_rows(torch.arange(n)).tolist())
         assert {len(part) for part in parts} == {-(-n // size)}
         assert {row for part in parts for row in part} == set(range(n))
 
@@ -2002,10 +2005,10 @@ class Graph:
     again, from the same inputs to the same outputs, at every replay."""
 
     def __enter__(self):
-        self.algorithm_1, train.algorithm_1 = train.algorithm_1, self.record
+        self.captured.function = self.record
 
     def __exit__(self, *error):
-        train.algorithm_1 = self.algorithm_1
+        self.captured.function = train.algorithm_1
 
     def record(self, run, *args):
         self.run, self.args, self.replays = run, args, 0
@@ -2015,7 +2018,7 @@ class Graph:
 
     def replay(self):
         before, self.replays = self.run.updates, self.replays + 1
-        self.outputs.copy_(self.algorithm_1(self.run, *self.args))
+        self.outputs.copy_(train.algorithm_1(self.run, *self.args))
         self.run.updates = before
 
 
@@ -2049,7 +2052,9 @@ def test_recorded_updates_are_the_updates(few, monkeypatch, flags):
         monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
     flags, x = ["--batch-size", "30", *flags], (few.train > 127).float()
     plain, replayed = run_of(*flags), run_of(*flags)
-    replayed.captured = train.Captured(torch.device("cpu"))
+    replayed.captured = devices.Captured(train.algorithm_1, torch.device("cpu"))
+    for graph in graphs:
+        graph.captured = replayed.captured
     for optimizer, rate in zip(replayed.optimizers, replayed.rates, strict=True):
         optimizer.param_groups[0]["lr"] = torch.tensor(rate)
     courses = []
@@ -2604,8 +2609,8 @@ def test_operations_and_memory_of_a_known_network():
 # --------------------------------------------------------------------------------------------------
 # The house and its pages
 
-HOUSE = ("likelihoods", "mine", "probe", "rewards", "models", "baselines", "files", "data",
-         "evaluate", "settings", "train", "tables", "figures", "bench")  # fmt: skip
+HOUSE = ("likelihoods", "mine", "probe", "rewards", "models", "baselines", "files", "devices",
+         "data", "evaluate", "settings", "train", "tables", "figures", "bench")  # fmt: skip
 NEEDS = {"likelihoods": {"torch"}, "mine": {"torch"}, "rewards": {"torch"}, "tables": set()}
 NEEDS["probe"] = {"joblib", "numpy", "sklearn"}
 

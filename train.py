@@ -6,17 +6,14 @@ python train.py --resume runs/mine
 torchrun --nproc-per-node 2 train.py --arch lvae --rl
 """
 
-import contextlib
-import datetime
 import itertools
 import json
 import math
 import os
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -29,22 +26,17 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import baselines
+import devices
 import evaluate
 import models
 import rewards
-from data import Data, keep_freed_memory, pick_device, pick_dtype, place, shuffled, to_input
+from data import Data, place, shuffled, to_input
+from devices import FIRST, LOCAL_RANK, RANK, SIZE, Captured
 from files import UserError, one_line, write_json, writing
 from settings import MAY_CHANGE, check, defaults, idle, kl_weight, network, parser, rate_factor
 
 SAVE_EVERY = 60  # seconds between checkpoints
 CHECK_EVERY = 20  # batches between looks at the losses: each look waits for the device
-
-# Under torchrun every process takes its rows of each batch; the first one evaluates and writes.
-RANK, LOCAL_RANK, SIZE = (
-    int(os.environ[name]) if dist.is_torchelastic_launched() else alone
-    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-)
-FIRST = RANK == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,49 +96,6 @@ class Objective(nn.Module):
             return loss(self.model, x)
 
 
-class Captured:
-    """All updates by a batch as one CUDA graph. Launching its thousand small kernels takes longer
-    than running them, so they are recorded once and replayed.
-
-    A replay reads and writes where the recording did. So a batch is first copied there, and the
-    KL's weight and the learning rates lie in the device's memory. The free bits are part of the
-    program: when they change, it is recorded anew.
-    """
-
-    WARM_UP = 2  # batches before the recording, in which libraries choose their algorithms
-
-    def __init__(self, device: torch.device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
-        self.beta = torch.ones((), dtype=torch.float64, device=device)
-        self.graph, self.seen, self.free_bits = None, 0, 0.0
-
-    def __call__(self, run: "Run", x: Tensor, beta: float, free_bits: float) -> Tensor:
-        """`algorithm_1` by a full batch."""
-        self.beta.fill_(beta)
-        if free_bits != self.free_bits:
-            self.graph, self.seen, self.free_bits = None, 0, free_bits
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        if self.seen < self.WARM_UP:
-            self.seen += 1
-            with torch.cuda.stream(self.stream):  # where the recording will be
-                means = algorithm_1(run, x, self.beta, free_bits)
-            current.wait_stream(self.stream)
-            return means
-        if self.graph is None:
-            self.x, before = x.clone(), run.updates
-            for parameter in run.model.parameters():
-                parameter.grad = None
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.means = algorithm_1(run, self.x, self.beta, free_bits)
-            self.updates, run.updates = run.updates - before, before
-        self.x.copy_(x)
-        self.graph.replay()
-        run.updates += self.updates
-        return self.means.clone()
-
-
 def update(run: "Run", x: Tensor, beta: float, free_bits: float) -> Tensor:
     """`algorithm_1`, on CUDA by a graph of it."""
     if run.captured is not None and len(x) == run.config["batch_size"]:
@@ -189,7 +138,7 @@ class Run:
         self.rates = [option["lr"] for option in options]
         self.captured = None
         if device.type == "cuda" and SIZE == 1:
-            self.captured = Captured(device)
+            self.captured = Captured(algorithm_1, device)
             for option in options:  # the graph reads the rate where it lies
                 option |= {"lr": torch.tensor(option["lr"], device=device), "capturable": True}
         self.optimizers = [
@@ -199,7 +148,7 @@ class Run:
         self.averaged = None
         if config["ema"]:
             self.averaged = AveragedModel(self.model, multi_avg_fn=partial(average, config["ema"]))
-        self.dtype = pick_dtype(config["dtype"], device)
+        self.dtype = devices.pick_dtype(config["dtype"], device)
         self.objective = Objective(self.model)
         if SIZE > 1:
             warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 kernels
@@ -208,7 +157,7 @@ class Run:
         self.epoch = self.batch = self.updates = 0  # the batch to come; the updates made
         self.seconds = 0.0  # of training, evaluation left out
         self.metrics: list[dict] = []  # a line an epoch
-        self.made_by: list[dict] = []  # one of evaluate.origin for each machine or commit
+        self.made_by: list[dict] = []  # one of devices.origin for each machine or commit
         # Since the epoch's start: the number of batches, the sum of each loss, the sums of the KLs.
         self.losses = len(losses(config, self.model.levels))
         size = 1 + self.losses + self.model.levels
@@ -285,14 +234,6 @@ class Run:
 # Training
 
 
-def own_rows(rows: Tensor) -> Tensor:
-    """This process's part of a batch. All are equal: one that does not divide repeats some rows."""
-    if SIZE == 1:
-        return rows
-    each = -(-len(rows) // SIZE)
-    return rows[torch.arange(RANK, each * SIZE, SIZE, device=rows.device) % len(rows)]
-
-
 def train(run: Run, data: Data, bar: tqdm) -> None:
     """Trains until the last epoch, with a checkpoint every SAVE_EVERY seconds and at the end."""
     config, images = run.config, data.to_train_on
@@ -305,7 +246,7 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
             progress = run.epoch + run.batch / len(batches)
             beta, free_bits = kl_weight(config, progress)
             run.set_rates(rate_factor(config, progress))
-            x = to_input(images[own_rows(rows)].to(run.device))
+            x = to_input(images[devices.own_rows(rows)].to(run.device))
             means = update(run, x, beta, free_bits)
             if run.averaged is not None:
                 run.averaged.update_parameters(run.model)
@@ -433,9 +374,9 @@ def introduce(run: Run, data: Data) -> None:
 def command(flags: dict) -> None:
     """A run from its flags to its evaluation."""
     config, state = prepare(flags)
-    device = pick_device(config["device"])
+    device = devices.pick_device(config["device"])
     if SIZE > 1 and device.type == "cuda":
-        device = pick_device(f"cuda:{LOCAL_RANK}")
+        device = devices.pick_device(f"cuda:{LOCAL_RANK}")
         torch.cuda.set_device(device)
     if not FIRST:  # what the first process downloads or decodes the others read
         dist.barrier()
@@ -450,7 +391,7 @@ def command(flags: dict) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         if run.epoch < config["epochs"]:
             kept.unlink(missing_ok=True)
-            here = evaluate.origin(device, run.dtype)
+            here = devices.origin(device, run.dtype)
             run.made_by += [here] if here not in run.made_by else []
         if state is None:
             run.save()
@@ -477,37 +418,11 @@ def command(flags: dict) -> None:
     print(evaluate.table(result))
 
 
-@contextlib.contextmanager
-def group() -> Iterator[None]:
-    """torchrun's processes as one group. A process that another one is lost to ends in one line."""
-    if SIZE == 1:
-        yield
-        return
-
-    def lost(*signal_and_frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one line is enough
-        raise UserError(
-            f"process {RANK + 1} of {SIZE} has lost another one: go on from the last checkpoint "
-            "with --resume, on any number of processes"
-        )
-
-    signal.signal(signal.SIGTERM, lost)  # torchrun ends the others so
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-    try:
-        yield
-    except RuntimeError as error:  # gloo has no class of its own
-        words = ("gloo", "nccl", "peer", "connection", "timed out")
-        if not any(word in str(error).lower() for word in words):
-            raise
-        lost()
-
-
 def main(argv: list[str] | None = None) -> None:
     p = parser()
     flags = vars(p.parse_args(argv))
-    keep_freed_memory()
-    with one_line(p), group():
+    devices.keep_freed_memory()
+    with one_line(p), devices.group():
         command(flags)
 
 
