@@ -138,11 +138,17 @@ class AAE(Hierarchy):
             nn.Flatten(0),
         )
 
-    def phases(self) -> list[list[nn.Parameter]]:
-        """What each of the three losses below moves: autoencoder, discriminator, encoder."""
+    def phases(self, lr: float) -> list[dict]:
+        """Adam's options for each of the three losses below: half the usual momentum for
+        adversaries, who turn with every step of each other, and a discriminator that is faster
+        than the encoder (Heusel et al. 2017), which is slower than its decoder."""
         encoder = [p for part in (self.stem, self.encoder, self.head) for p in part.parameters()]
         decoder = [p for part in (self.decoder, self.to_pixels) for p in part.parameters()]
-        return [encoder + decoder, list(self.discriminator.parameters()), encoder]
+        return [
+            {"params": encoder + decoder, "lr": lr},
+            {"params": list(self.discriminator.parameters()), "lr": 3 * lr, "betas": (0.5, 0.999)},
+            {"params": encoder, "lr": 0.3 * lr, "betas": (0.5, 0.999)},
+        ]
 
     def infer(self, x: Tensor, sample: bool = True) -> Inference:
         posterior = self.head(self.features(x)[-1])

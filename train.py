@@ -128,23 +128,16 @@ class Run:
             self.images = [len(data.to_train_on), len(data.test), *data.classes]
         torch.manual_seed(config["seed"])
         self.model = baselines.build(network(config)).to(device)
-        parts, options = [list(self.model.parameters())], [{"lr": config["lr"]}]
+        groups = [{"params": list(self.model.parameters()), "lr": config["lr"]}]
         if config["arch"] == "aae":
-            # Adversaries turn with every step of each other, so half the momentum. The
-            # discriminator is faster than the encoder that follows it (Heusel et al. 2017), and
-            # that one slower than the decoder that has to follow in turn.
-            parts = self.model.phases()
-            options += [{"lr": rate * config["lr"], "betas": (0.5, 0.999)} for rate in (3, 0.3)]
-        self.rates = [option["lr"] for option in options]
+            groups = self.model.phases(config["lr"])
+        self.rates = [group["lr"] for group in groups]
         self.captured = None
         if device.type == "cuda" and SIZE == 1:
             self.captured = Captured(algorithm_1, device)
-            for option in options:  # the graph reads the rate where it lies
-                option |= {"lr": torch.tensor(option["lr"], device=device), "capturable": True}
-        self.optimizers = [
-            torch.optim.Adam(part, fused=True, **option)
-            for part, option in zip(parts, options, strict=True)
-        ]
+            for group in groups:  # the graph reads the rate where it lies
+                group |= {"lr": torch.tensor(group["lr"], device=device), "capturable": True}
+        self.optimizers = [torch.optim.Adam(**group, fused=True) for group in groups]
         self.averaged = None
         if config["ema"]:
             self.averaged = AveragedModel(self.model, multi_avg_fn=partial(average, config["ema"]))
@@ -152,7 +145,7 @@ class Run:
         self.objective = Objective(self.model)
         if SIZE > 1:
             warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 kernels
-            unused = len(parts) > 1  # each of the AAE's losses leaves some parameters out
+            unused = len(groups) > 1  # each of the AAE's losses leaves some parameters out
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=unused)
         self.epoch = self.batch = self.updates = 0  # the batch to come; the updates made
         self.seconds = 0.0  # of training, evaluation left out
