@@ -143,7 +143,7 @@ def measure(config: dict, device: torch.device, images: Tensor) -> dict:
         result["ways"][name] = {
             "images_per_s": size / middle,
             "times_first": first / middle,
-            "updates_per_s": run.losses / middle,
+            "updates_per_s": run.steps / middle,
             "ms_per_batch": 1e3 * middle,
             "ms_quartiles": [1e3 * low, 1e3 * high],
             "peak_memory_mb": peak_memory(run, update, x),

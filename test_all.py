@@ -2012,8 +2012,8 @@ class Graph:
 
     def record(self, run, *args):
         self.run, self.args, self.replays = run, args, 0
-        run.updates += run.losses
-        self.outputs = torch.full((run.losses + run.model.levels,), math.nan)
+        run.updates += run.steps
+        self.outputs = torch.full((run.steps + run.model.levels,), math.nan)
         return self.outputs
 
     def replay(self):
@@ -2064,7 +2064,7 @@ def test_recorded_updates_are_the_updates(few, monkeypatch, flags):
         torch.manual_seed(3)
         courses.append(course(run, x))
     torch.testing.assert_close(*courses, rtol=1e-4, atol=1e-6)
-    assert plain.updates == replayed.updates == 10 * plain.losses
+    assert plain.updates == replayed.updates == 10 * plain.steps
     assert [graph.replays for graph in graphs] == [4, 1]  # after two batches without, each
 
 

@@ -152,8 +152,8 @@ class Run:
         self.metrics: list[dict] = []  # a line an epoch
         self.made_by: list[dict] = []  # one of devices.origin for each machine or commit
         # Since the epoch's start: the number of batches, the sum of each loss, the sums of the KLs.
-        self.losses = len(losses(config, self.model.levels))
-        size = 1 + self.losses + self.model.levels
+        self.steps = len(losses(config, self.model.levels))
+        size = 1 + self.steps + self.model.levels
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         self.seed_others()
 
@@ -270,7 +270,7 @@ def check_finite(run: Run, bar: tqdm) -> None:
             f"{run.updates}: try a lower --lr or --dtype float32; {run.folder} keeps the last good "
             "checkpoint"
         )
-    bar.set_postfix(loss=f"{(run.sums[run.losses] / run.sums[0]).item():.1f}", refresh=False)
+    bar.set_postfix(loss=f"{(run.sums[run.steps] / run.sums[0]).item():.1f}", refresh=False)
 
 
 def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float, bar: tqdm) -> None:
@@ -278,7 +278,7 @@ def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float, bar: tqdm)
     run.epoch, run.batch = run.epoch + 1, 0
     means = (run.sums[1:] / run.sums[0]).tolist()
     run.sums.zero_()
-    values, kl = means[: run.losses], means[run.losses :]
+    values, kl = means[: run.steps], means[run.steps :]
     line = {"epoch": run.epoch, "update": run.updates, "seconds": round(run.seconds, 2)}
     line |= {"loss": sum(values) / len(values), "kl": kl, "beta": beta, "free_bits": free_bits}
     if len(values) > 1:
