@@ -2678,9 +2678,11 @@ def test_the_first_table_of_the_readme():
     for row, line in zip(rows, lines[2:8], strict=True):
         values = [tables.measures(run) for run in groups[row]]
         paper = tables.reported(groups[row][0])["probe"].partition("±")[0]
-        label, probe, beside, kl, active = cells(line)
+        label, probe, binarised, beside, kl, active = cells(line)
         assert len(values) == (3 if "(3 seeds)" in label else 5)
         assert probe == tables.cell([v["probe"] for v in values], 1)
+        some = [v["binarised_mean"] for v in values if "binarised_mean" in v]
+        assert len(some) >= 3 and binarised == f"{np.mean(some):.1f}"
         assert beside == f"{float(paper):.1f}"
         assert kl == f"{np.mean([v['kl'] for v in values]):.1f}"
         assert active == f"{np.mean([v['active'] for v in values]):.1f}"
