@@ -1507,6 +1507,7 @@ def test_resume_equals_uninterrupted(few, tmp_path, monkeypatch, capsys, objecti
     flags += objective
     whole = tmp_path / "whole"
     train.main([*flags, "--out", str(whole)])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     for at in (3, 5, 10):
         out, calls = str(tmp_path / f"parts{at}"), itertools.count()
 
