@@ -109,7 +109,7 @@ class Captured:
         self.graph, self.seen, self.free_bits = None, 0, 0.0
 
     def __call__(self, run, x: Tensor, beta: float, free_bits: float) -> Tensor:
-        """`function` by a full batch."""
+        """`function` by a full batch. Counts the updates in `run.updates`, as that does."""
         self.beta.fill_(beta)
         if free_bits != self.free_bits:
             self.graph, self.seen, self.free_bits = None, 0, free_bits

@@ -31,7 +31,7 @@ import evaluate
 import models
 import rewards
 from data import Data, place, shuffled, to_input
-from devices import FIRST, LOCAL_RANK, RANK, SIZE, Captured
+from devices import FIRST, LOCAL_RANK, RANK, SIZE
 from files import UserError, one_line, write_json, writing
 from settings import MAY_CHANGE, check, defaults, idle, kl_weight, network, parser, rate_factor
 
@@ -134,7 +134,7 @@ class Run:
         self.rates = [group["lr"] for group in groups]
         self.captured = None
         if device.type == "cuda" and SIZE == 1:
-            self.captured = Captured(algorithm_1, device)
+            self.captured = devices.Captured(algorithm_1, device)
             for group in groups:  # the graph reads the rate where it lies
                 group |= {"lr": torch.tensor(group["lr"], device=device), "capturable": True}
         self.optimizers = [torch.optim.Adam(**group, fused=True) for group in groups]
