@@ -24,9 +24,8 @@ from models import (
     ToGaussian,
     gaussian,
     laid_out,
-    through,
 )
-from rewards import Loss, level_kl, reconstruction
+from rewards import Loss, level_kl, reconstruction, through
 
 
 def build(config: Config) -> Network:
@@ -105,8 +104,6 @@ class BIVA(Network):
         return Inference(posteriors[::-1], priors[::-1], latents[::-1], pixels)
 
     def generate(self, latents: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
-        if latents[-1] is None:
-            raise ValueError("generate: the top latent is None")
         above = None
         for level in reversed(range(self.levels)):
             z = latents[level]
@@ -139,9 +136,9 @@ class AAE(Hierarchy):
         )
 
     def phases(self, lr: float) -> list[dict]:
-        """Adam's options for each of the three losses below: half the usual momentum for
-        adversaries, who turn with every step of each other, and a discriminator that is faster
-        than the encoder (Heusel et al. 2017), which is slower than its decoder."""
+        """Adam's options for each of the three losses below. Adversaries turn with every step of
+        each other, so their momentum is 0.5; the discriminator's rate is ten times the encoder's
+        against it (Heusel et al. 2017)."""
         encoder = [p for part in (self.stem, self.encoder, self.head) for p in part.parameters()]
         decoder = [p for part in (self.decoder, self.to_pixels) for p in part.parameters()]
         return [

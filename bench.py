@@ -26,7 +26,7 @@ from data import place, shuffled, to_input
 from devices import keep_freed_memory, origin, pick_device
 from files import UserError, one_line
 
-WARM_UP, ROUNDS, SECONDS = 3, 7, 30  # untimed rounds; timed ones at least, and for how long
+WARM_UP, ROUNDS, SECONDS = 3, 7, 30  # untimed rounds; then at least so many rounds and seconds
 Update = Callable[[train.Run, Tensor], object]  # all updates of a run by a batch x
 
 
@@ -77,7 +77,7 @@ def ways(config: dict, device: torch.device) -> dict[str, tuple[train.Run, Updat
 
 
 def seconds_per_batch(ways: dict, batches: Iterator[Tensor]) -> dict[str, list[float]]:
-    """One way after the other, round by round, each round from another one on. `batches` are uint8
+    """Each round times every way once, starting with another one each time. `batches` are uint8
     images: that they go to the device and are binarised counts."""
     names, seconds = list(ways), {name: [] for name in ways}
     for i in itertools.count(-WARM_UP):
@@ -154,10 +154,11 @@ def measure(config: dict, device: torch.device, images: Tensor) -> dict:
 
 def table(result: dict) -> str:
     about = "{arch}, {size}, {levels} levels, {dataset}, batches of {batch_size}, {dtype}{}\n"
-    about += "{device}, {threads} threads; medians of {rounds} rounds, literal in float32"
+    about += "{device}, {threads} threads; medians of {rounds} rounds{}"
     head = f"           images/s {'x ' + next(iter(result['ways'])):>9}  updates/s  ms/batch"
     graph = ", one CUDA graph a batch" * result["cuda_graph"]
-    lines = [about.format(graph, **result), head + "       quartiles      MiB    GFLOP"]
+    literal = ", literal in float32" * ("literal" in result["ways"])
+    lines = [about.format(graph, literal, **result), head + "       quartiles      MiB    GFLOP"]
     row = "{:>8} {images_per_s:10.0f} {times_first:9.2f} {updates_per_s:10.2f} {ms_per_batch:9.1f}"
     row += " {:>15} {peak_memory_mb:8.0f} {gflop_per_batch:8.2f}"
     for name, way in result["ways"].items():

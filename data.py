@@ -57,7 +57,6 @@ SHAPES = {  # channels, height, width
     "celeba": (3, 64, 64),  # 162,770 + 19,962 aligned faces, resized, no classes
     "folder": (3, 32, 32),  # images of any size in train/ and test/, in a folder a class or in none
 }
-DATASETS = tuple(SHAPES)
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 

@@ -51,7 +51,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Lets glibc keep what is freed, up to 1 GiB, instead of giving it back to the system page by
     page and asking for it again in the next update, which took a tenth of the time on a CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no mallopt elsewhere
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD of malloc.h
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
@@ -149,7 +149,7 @@ def own_rows(rows: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def group() -> Iterator[None]:
-    """torchrun's processes as one group. A process that another one is lost to ends in one line."""
+    """torchrun's processes as one group. When one dies, each other ends with one line."""
     if SIZE == 1:
         yield
         return

@@ -59,8 +59,7 @@ def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[model
     """The model of a run's folder or of a file of weights, and its configuration. A run that
     averages its weights gives the averaged ones."""
     state = load_checkpoint(Path(run))
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()}
-    model = baselines.build(models.Config(**fields))
+    model = baselines.build(models.Config(**state["model_config"]))
     model.load_state_dict(state["model"])
     if state["ema"] is not None:
         averaged = state["ema"].items()
@@ -185,7 +184,7 @@ def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int
 
 
 def level_information(model: models.Network, data: Data, level: int, seed: int = 0) -> dict:
-    """MINE (App. C.2) between grey images and posterior samples of a level: trained on the training
+    """MINE (App. C.2) between images and posterior samples of a level: trained on the training
     split, with new samples every fifth epoch, measured on the test split; {"nats", "ceiling"}."""
     device, images = model.zero.device, len(data.train) + len(data.test)
 
@@ -211,7 +210,7 @@ def evaluate(
     probe_of: str = "mean",
     mine_levels: tuple[int, ...] = (),
 ) -> dict:
-    """All measures of a model, as README.md lists them; what `kept` has already is not made again.
+    """All measures of a model; what `kept` has already is not made again.
 
     Percentages from 0 to 100, nats an image; lists go bottom to top; `mine_levels` are 0-based.
     """
@@ -304,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--save {args.save}: name a file that ends in .pt")
         device = pick_device(args.device)
         model, config = load_run(args.run, device)
-        top, wanted = str(model.levels), (args.mine or "").split(",") if args.mine else []
+        top, wanted = str(model.levels), args.mine.split(",") if args.mine else []
         wanted = [top if level == "top" else level.strip() for level in wanted]
         for level in wanted:
             if not (level.isdigit() and 1 <= int(level) <= model.levels):
@@ -325,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def kept_evaluation(path: Path, config: dict) -> dict:
-    """What eval.json has of a run after so many updates, or else what it is to begin with."""
+    """What eval.json has, if it is of as many updates, or else what it is to begin with."""
     if not path.exists():
         return describe(config)
     try:

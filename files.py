@@ -61,7 +61,7 @@ def one_line(parser: Parser) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Gives PATH.tmp to write to, renamed to `path` at the end: that is whole or as it was."""
+    """Gives PATH.tmp to write to, renamed at the end, so that `path` is never half-written."""
     beside = path.with_name(f"{path.name}.tmp")
     try:
         yield beside

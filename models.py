@@ -3,10 +3,10 @@
 Levels are 0-based in code and always listed bottom to top: level 0 is the paper's z_1, next to the
 pixels, level L-1 is z_L. rewards.py asks four names of a model:
 
-    levels             L
-    order              the levels in the order in which they are inferred, a tuple
-    infer(x)           posteriors, priors and latents of all levels, bottom to top, see Inference
-    decode(starts)     p(x | z_l) of any set of levels along their skip paths, in one descent
+    levels                L
+    order                 the levels in the order in which they are inferred, a tuple
+    infer(x)              posteriors, priors, latents of all levels, bottom to top, see Inference
+    decode(starts, skip)  p(x | z_l) of any set of levels along their skip paths, in one descent
 
 To understand an architecture, read `Network`, `Hierarchy` and its own class. Distributions are
 torch.distributions with one batch dimension: log_prob and kl_divergence are per image, in nats.
@@ -23,6 +23,7 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.nn.utils.parametrizations import weight_norm
 
 from likelihoods import full_precision, likelihood, parameters_a_pixel
+from rewards import through
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
@@ -320,13 +321,6 @@ class Network(nn.Module):
         return self.generate([None] * (self.levels - 1) + [top], skip="sample")
 
 
-def through(prior: Independent, skip: str) -> Tensor:
-    """What a skip path takes from a prior on its way down: the mean, or one sample."""
-    if skip not in ("mean", "sample"):
-        raise ValueError(f"unknown skip {skip!r}: choose mean or sample")
-    return prior.mean if skip == "mean" else prior.rsample()
-
-
 # --------------------------------------------------------------------------------------------------
 # The hierarchies
 
@@ -371,8 +365,6 @@ class Hierarchy(Network):
                 rows = starts[level] if rows is None else torch.cat([starts[level], rows])
             if rows is not None and level > 0:
                 rows = through(self.top_down(level - 1, rows)[1], skip)
-        if rows is None:
-            raise ValueError("decode: every start is None")
         return self.pixels(self.decoder[0](rows))
 
     def generate(self, latents: Sequence[Tensor | None], skip: str = "mean") -> Distribution:

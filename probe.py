@@ -23,11 +23,11 @@ def linear_probe(
 ) -> float:
     """Test accuracy in percent of a one-versus-one linear SVM on representations (N, D), App. C.2.
 
-    Standardised on the training split. A dimension with a variance below 0.01, the threshold of an
-    inactive unit, is only centred: blown up, the rounding noise of a collapsed level reads as
-    classes. More than 512 dimensions are taken in their 256 leading principal components, where
-    LIBLINEAR takes a second a pair of classes instead of a minute. Of more than 20 classes each
-    pair has few images: then at most a quarter as many components, and LIBLINEAR's own tolerance.
+    Standardised on the training split, by a deviation of at least 0.1, below which a unit is
+    inactive: blown up to 1, the rounding noise of a collapsed level reads as classes. More than 512
+    dimensions are taken in their 256 leading principal components, where LIBLINEAR takes a second a
+    pair of classes instead of a minute. Of more than 20 classes each pair has few images: then at
+    most a quarter as many components, and LIBLINEAR's own tolerance.
     """
     mean = train.mean(axis=0, dtype=np.float64).astype(train.dtype)
     std = np.maximum(train.std(axis=0, dtype=np.float64), 0.1).astype(train.dtype)

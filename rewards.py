@@ -65,6 +65,13 @@ def reconstruction(model, x: Tensor, inference) -> Tensor:
     return pixels.log_prob(x)
 
 
+def through(prior, skip: str) -> Tensor:
+    """What a skip path takes from a prior on its way down: the mean, or one sample."""
+    if skip not in ("mean", "sample"):
+        raise ValueError(f"unknown skip {skip!r}: choose mean or sample")
+    return prior.mean if skip == "mean" else prior.rsample()
+
+
 def skip_paths(
     model, x: Tensor, inference, paths: Sequence[slice | None], skip: str = "mean"
 ) -> list[Tensor | None]:
@@ -76,8 +83,6 @@ def skip_paths(
     All paths go down in one batch. The first step of each is the prior of the level below, which
     `inference` has computed for the KL already.
     """
-    if skip not in ("mean", "sample"):
-        raise ValueError(f"unknown skip {skip!r}: choose mean or sample")
     starts: list[list[Tensor]] = [[] for _ in range(model.levels)]
     for level, images in enumerate(paths):
         if images is None:
@@ -85,9 +90,7 @@ def skip_paths(
         if level == 0:
             starts[0].append(inference.latents[0][images])
         else:
-            prior = inference.priors[level - 1]
-            z = prior.mean if skip == "mean" else prior.rsample()
-            starts[level - 1].append(z[images])
+            starts[level - 1].append(through(inference.priors[level - 1], skip)[images])
     pixels = model.decode([torch.cat(s) if s else None for s in starts], skip)
     targets = [x[images] for images in paths if images is not None]  # the lowest level's first
     values = iter(pixels.log_prob(torch.cat(targets)).split([len(t) for t in targets]))

@@ -5,11 +5,10 @@ import math
 from pathlib import Path
 
 import models
-from data import DATASETS, SHAPES, image_shape
+from data import SHAPES, image_shape
 from files import Parser, UserError
 
 UPDATES = ("stepwise", "joint", "sampled")
-PROBES = ("every", "top")
 MAY_CHANGE = {"epochs", "data_dir", "device", "eval_every", "probe", "out"}  # on --resume
 
 
@@ -38,7 +37,7 @@ def parser() -> Parser:
     p.add_argument("--pay", choices=("inferred", "own"),
                    help="what a step's reward pays: the KL of all levels inferred until then "
                    "(Eq. 24, default), or that of its own level alone")
-    p.add_argument("--dataset", choices=DATASETS, help="default digits, which needs no download")
+    p.add_argument("--dataset", choices=tuple(SHAPES), help="default digits, never downloaded")
     p.add_argument("--data-dir", help="folder of the data sets (default data)")
     p.add_argument("--image-size", type=int,
                    help="side of the images of --dataset folder (default 32)")
@@ -48,16 +47,18 @@ def parser() -> Parser:
                    help="make grey images black and white once, at half, instead of binarising "
                    "them anew at every use")
     p.add_argument("--validation", action="store_true",
-                   help="measure on the last 10,000 training images, at most a fifth, and train on "
-                   "the rest: to choose by, without a look at the test split")
+                   help="measure on the last 10,000 training images, at most a fifth, or on evenly "
+                   "spaced ones where classes come in order; train on the rest: to choose by")
     p.add_argument("--train-images", type=int, metavar="N",
-                   help="train, and fit the probe, on the first N training images")
+                   help="train, and fit the probe, on the first N training images, or on "
+                   "evenly spaced ones where classes come in order")
     p.add_argument("--size", choices=tuple(models.PRESETS),
                    help="paper: its network and training; small: for two CPU cores (default); "
                    "best: the most that these reach in an hour, on grey images")
     p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
     p.add_argument("--levels", type=int,
-                   help="1 to 10: 8 dimensions at the top, doubling downwards to at most 128")
+                   help="1 to 10; other than the preset's 5: grey 8 dimensions at the top, "
+                   "doubling downwards to at most 128; colour repeats the lowest")
     p.add_argument("--channels", type=int, help="feature maps of every layer")
     p.add_argument("--mean-field", action="store_true",
                    help="lvae without its merge: posteriors q(z_l|x) do not see the sample above")
@@ -83,7 +84,7 @@ def parser() -> Parser:
     p.add_argument("--eval-every", type=int, metavar="N",
                    help="measure KL, ELBO and the probe of z_L (fitted on 10,000 images) every N "
                    "epochs (default 0: only at the end)")
-    p.add_argument("--probe", choices=PROBES,
+    p.add_argument("--probe", choices=("every", "top"),
                    help="at the end: every level and all together (default), or z_L alone, which "
                    "is much sooner done")
     # fmt: on
@@ -116,11 +117,10 @@ def defaults(given: dict) -> dict:
         if best:
             config |= dict(schedule="cosine", ema=0.999)
         if config["rl"] or config["ivae"]:
-            # Until the decoder uses a level, its KL outweighs its reward. That takes some 240
-            # updates for a whole level and some thousand for some of its units; bottom-up on
-            # colour images all levels are at stake.
+            # Early on a level's KL costs more than it earns: for some 240 updates as a whole, for
+            # some thousand in single units. Bottom-up on colour images all levels can collapse.
             half = max(1, (config | given)["epochs"] // 2)
-            config["warmup"] = 20 if digits else min(warmup, half)
+            config["warmup"] = min(20 if digits else warmup, half)
     config |= given
     if config["free_bits_epochs"] is None:
         config["free_bits_epochs"] = config["epochs"]

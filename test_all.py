@@ -579,7 +579,7 @@ class LinearGaussian(nn.Module):
             if starts[level] is not None:  # lower levels' rows come first
                 rows = torch.cat([starts[level], rows])
             if level > 0:
-                rows = models.through(self.below(level, rows), skip)
+                rows = rewards.through(self.below(level, rows), skip)
         return self.below(0, rows)
 
     def below(self, level, z):
@@ -1641,6 +1641,7 @@ def test_settings():
     assert (c["epochs"], c["schedule"], c["ema"]) == (40, "cosine", 0.5)
     for flags, warmup in (  # the other presets warm up where the top is at risk
         ({}, 0), (fashion | best, 0), (rl, 20), (rl | {"dataset": "cifar10"}, 5),
+        (rl | {"epochs": 8}, 4),
         (fashion | rl, 10), (fashion | ivae, 10), (fashion | rl | {"epochs": 5}, 2),
         (fashion | rl | {"epochs": 1}, 1), (fashion | rl | {"epochs": 5, "warmup": 9}, 9),
         (fashion | rl | best, 20), (fashion | rl | best | {"epochs": 6}, 3),

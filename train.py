@@ -270,7 +270,8 @@ def check_finite(run: Run, bar: tqdm) -> None:
             f"{run.updates}: try a lower --lr or --dtype float32; {run.folder} keeps the last good "
             "checkpoint"
         )
-    bar.set_postfix(loss=f"{(run.sums[run.steps] / run.sums[0]).item():.1f}", refresh=False)
+    loss = run.sums[1 : 1 + run.steps].mean() / run.sums[0]
+    bar.set_postfix(loss=f"{loss.item():.1f}", refresh=False)
 
 
 def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float, bar: tqdm) -> None:
@@ -339,11 +340,13 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
 def introduce(run: Run, data: Data) -> None:
     """Prints what is about to be trained, and what the paper trains."""
     c, m = run.config, run.model.config
-    paper = defaults({key: c[key] for key in ("arch", "rl", "ivae", "dataset")} | {"size": "paper"})
-    objective = "Q-value (Eq. 26)" if c["rl"] else "IVAE (Eq. 39)" if c["ivae"] else "ELBO"
+    keys = ("arch", "rl", "ivae", "dataset", "image_size", "levels", "latents")
+    paper = defaults({key: c[key] for key in keys} | {"size": "paper"})
+    objective = "adversarial" if c["arch"] == "aae" else "ELBO"
     if c["rl"] or c["ivae"]:
-        objective += f", gamma {c['gamma']}" * c["rl"] + f", {c['update']} updates"
-        objective += " (stepwise is Algorithm 1 as it stands)" * (c["update"] != "stepwise")
+        objective = "Q-value (Eq. 26), gamma {gamma}" if c["rl"] else "IVAE (Eq. 39)"
+        objective += ", {update} updates"
+    stepwise = " (stepwise is Algorithm 1 as it stands)" * (c["rl"] and c["update"] != "stepwise")
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     graph = ", one CUDA graph a batch" if run.captured is not None else ""
     processes = f", one of {SIZE} processes" if SIZE > 1 else ""
@@ -352,12 +355,12 @@ def introduce(run: Run, data: Data) -> None:
     print(
         f"model     {c['arch']}, {c['size']}, levels {','.join(m.latents)} from the pixels up, "
         f"{m.channels} channels, {parameters:.2f} M parameters",
-        f"objective {objective}",
+        f"objective {objective.format(**c)}{stepwise}",
         f"data      {c['dataset']}, {len(data.to_train_on):,} training and {len(data.test):,} "
         f"{measured} images of {'x'.join(map(str, m.image))}, {len(data.classes) or 'no'} classes",
         f"training  {training.format(**c)}, batches of {c['batch_size']}, seed {c['seed']}",
         f"device    {run.device}, {str(run.dtype).removeprefix('torch.')}{graph}{processes}",
-        f"paper     {training.format(**paper)}, {paper['update']} updates (--size paper)",
+        f"paper     {objective.format(**paper)}: {training.format(**paper)} (--size paper)",
         f"writes to {run.folder} every minute: Ctrl-C stops, --resume {run.folder} goes on",
         sep="\n",
         flush=True,
