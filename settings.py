@@ -54,7 +54,7 @@ def parser() -> Parser:
                    "evenly spaced ones where classes come in order")
     p.add_argument("--size", choices=tuple(models.PRESETS),
                    help="paper: its network and training; small: for two CPU cores (default); "
-                   "best: the most that these reach in an hour, on grey images")
+                   "best: twice as wide and as long, an hour on one, for grey images")
     p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
     p.add_argument("--levels", type=int,
                    help="1 to 10; other than the preset's 5: grey 8 dimensions at the top, "
