@@ -129,14 +129,13 @@ def path_weights(steps: int, gamma: float) -> list[float]:
     return [sum(gamma**k for k in range(i + 1)) for i in range(steps)]
 
 
-def q_value(rewards: Sequence[Tensor], gamma: float, summed: bool = False) -> Tensor:
-    """(B,): Q_t = sum_{i>=t} gamma^(i-t) r_i (Eq. 26) from the rewards (T-t, B) of steps t on.
+def q_value(r: Sequence[Tensor], gamma: float, summed: bool = False) -> Tensor:
+    """(B,): Q_t = sum_{i>=t} gamma^(i-t) r_i (Eq. 26) from the rewards r (T-t, B) of steps t on.
 
     With `summed`, from the rewards of all steps, sum_t Q_t (Eq. 28).
     """
-    steps = len(rewards)
-    weights = path_weights(steps, gamma) if summed else [gamma**i for i in range(steps)]
-    return sum(w * reward for w, reward in zip(weights, rewards, strict=True))
+    weights = path_weights(len(r), gamma) if summed else [gamma**i for i in range(len(r))]
+    return sum(w * reward for w, reward in zip(weights, r, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------
