@@ -23,14 +23,18 @@ from models import (
     Network,
     ToGaussian,
     gaussian,
+    keep_scale,
     laid_out,
 )
 from rewards import Loss, level_kl, reconstruction, through
 
 
 def build(config: Config) -> Network:
-    """The model of a configuration, default initialisation, on the CPU in float32."""
-    return {"hvae": HVAE, "lvae": LVAE, "biva": BIVA, "aae": AAE}[config.arch](config)
+    """The model of a configuration, initialised, on the CPU in float32."""
+    model = {"hvae": HVAE, "lvae": LVAE, "biva": BIVA, "aae": AAE}[config.arch](config)
+    if config.keep_scale:
+        keep_scale(model)
+    return model
 
 
 class BIVA(Network):

@@ -41,6 +41,7 @@ class Config(NamedTuple):
     blocks: int  # residual blocks a level
     patch: int  # the stem cuts the image into patch x patch squares
     mean_field: bool = False  # of lvae: posteriors do not see the sample above
+    keep_scale: bool = False  # initial skip paths keep what a level says: see `keep_scale`
 
 
 PRESETS = {  # size, then kind of image: "large" are colour images of more than 48 pixels a side
@@ -68,6 +69,9 @@ PRESETS = {  # size, then kind of image: "large" are colour images of more than 
 PRESETS["paper"]["large"] = PRESETS["paper"]["colour"]
 PRESETS["small"]["large"] = PRESETS["small"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
 PRESETS["best"] = {"grey": PRESETS["small"]["grey"] | dict(channels=64)}
+PRESETS["deep"] = {  # see `keep_scale`
+    "grey": PRESETS["small"]["grey"] | dict(latents=("128",) * 6 + ("64", "32", "16", "8"))
+}
 ARCHS = ("vae", "aae", "hvae", "lvae", "biva")
 ONE_LEVEL = ("vae", "aae")
 
@@ -142,6 +146,7 @@ def configure(
         blocks=row["blocks"],
         patch=row["patch"],
         mean_field=mean_field,
+        keep_scale=size == "deep",
     )
 
 
@@ -230,6 +235,20 @@ class Merge(nn.Module):
 
     def forward(self, features: Tensor, sample: Tensor) -> Tensor:
         return self.block(self.mix(F.relu(torch.cat([features, sample], dim=1), inplace=True)))
+
+
+@torch.no_grad()
+def keep_scale(model: nn.Module) -> None:
+    """Scale the initial weights into and out of latents to the variances of He et al. 2015.
+
+    PyTorch's default has a third of them, a sixth after a ReLU: down a skip path, from mean to
+    mean, what z_l says shrinks fourfold a level, a million times in ten levels.
+    """
+    for module in model.modules():
+        if isinstance(module, FromLatent):
+            module.embed.weight *= math.sqrt(3)
+        elif isinstance(module, ToGaussian):  # the mean's half
+            module.head.weight[: len(module.head.weight) // 2] *= math.sqrt(6)
 
 
 def gaussian(mean: Tensor, scale: Tensor) -> Independent:

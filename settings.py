@@ -54,7 +54,8 @@ def parser() -> Parser:
                    "evenly spaced ones where classes come in order")
     p.add_argument("--size", choices=tuple(models.PRESETS),
                    help="paper: its network and training; small: for two CPU cores (default); "
-                   "best: twice as wide and as long, an hour on one, for grey images")
+                   "best: twice as wide and as long, an hour on one, for grey images; "
+                   "deep: ten levels of grey images, by --pay own and initial weights to suit")
     p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
     p.add_argument("--levels", type=int,
                    help="1 to 10; other than the preset's 5: grey 8 dimensions at the top, "
@@ -116,6 +117,8 @@ def defaults(given: dict) -> dict:
         config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 10 if colour else epochs)
         if best:
             config |= dict(schedule="cosine", ema=0.999)
+        if config["size"] == "deep":
+            config["pay"] = "own"
         if config["rl"] or config["ivae"]:
             # Early on a level's KL costs more than it earns: for some 240 updates as a whole, for
             # some thousand in single units. Bottom-up on colour images all levels can collapse.

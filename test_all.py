@@ -163,6 +163,8 @@ def test_presets(arch, mean_field):
         small = models.configure(arch, "small", image)
         assert baselines.build(small).latent_shapes == shapes
     assert models.configure(arch, "best") == small._replace(channels=64)
+    ten = models.configure(arch, levels=10)
+    assert models.configure(arch, "deep") == ten._replace(keep_scale=True)
     assert models.configure(arch, latents="4c, 2").latents == ("4c", "2")
     assert models.configure("vae").latents == ("8",)
     deep = models.configure(arch, "paper", (3, 64, 64), levels=7)
@@ -180,6 +182,7 @@ def test_what_cannot_be_built():
         ("hvae", dict(mean_field=True), "--mean-field is for lvae"),
         ("hvae", dict(channels=0), "0 channels: there must be at least 1"),
         ("hvae", dict(size="best", image=(3, 32, 32)), "is for grey images: take small or paper"),
+        ("lvae", dict(size="deep", image=(3, 32, 32)), "is for grey images: take small or paper"),
         ("lvae", dict(image=(3, 30, 30)), "squares whose side is a multiple of 4"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -246,6 +249,31 @@ def test_representation_is_the_mean_given_means(arch, levels, monkeypatch):
     monkeypatch.setattr(Independent, "rsample", lambda q: q.mean)
     assert_same(means, model.infer(x).latents)
     assert not torch.equal(means[0], samples[0])
+
+
+@pytest.mark.parametrize("arch", ["hvae", "lvae"])
+def test_initial_skip_paths_keep_their_scale(arch):
+    """In `deep`, weights around latents vary as He et al. say, and z_10 moves pixels as z_1 does,
+    not a million times less."""
+    ratio = {}
+    for size in ("small", "deep"):
+        torch.manual_seed(0)
+        model = baselines.build(models.configure(arch, size, levels=10))
+        moved = []
+        for level in (0, 9):
+            z = torch.randn(200, *model.latent_shapes[level])
+            with torch.no_grad():
+                x = model.decode([z if k == level else None for k in range(10)]).mean
+            moved.append(x.std(dim=0).mean())
+        ratio[size] = moved[1] / moved[0]
+    assert ratio["small"] < 1e-5 and 0.3 < ratio["deep"] < 3
+    for layer, rows, gain in [
+        (model.decoder[5][0].embed, None, torch.nn.init.calculate_gain("linear")),
+        (model.prior_heads[5].head, 64, torch.nn.init.calculate_gain("relu")),
+        (model.posterior_heads[5].head, 64, torch.nn.init.calculate_gain("relu")),
+    ]:
+        spread = gain / layer.in_features**0.5
+        assert layer.weight[:rows].std().item() == pytest.approx(spread, rel=0.05)
 
 
 def test_scale_is_one_at_zero():
@@ -1639,6 +1667,8 @@ def test_settings():
     fashion, best = {"dataset": "fashionmnist"}, {"size": "best"}
     c = settings.defaults(fashion | best | {"ema": 0.5})
     assert (c["epochs"], c["schedule"], c["ema"]) == (40, "cosine", 0.5)
+    deep, own = (settings.defaults(fashion | rl | f) for f in ({"size": "deep"}, {"pay": "own"}))
+    assert deep == own | {"size": "deep", "given": deep["given"]}
     for flags, warmup in (  # the other presets warm up where the top is at risk
         ({}, 0), (fashion | best, 0), (rl, 20), (rl | {"dataset": "cifar10"}, 5),
         (rl | {"epochs": 8}, 4),
