@@ -1,7 +1,7 @@
 """The paper's figures, training curves and samples, from runs.
 
 python figures.py runs/fashionmnist-* --out pictures
-python figures.py results/levels.jsonl --out pictures --rows "levels-?vae-rl-*"
+python figures.py results/levels.jsonl --out pictures --rows "levels-?vae-rl-*-deep"
 python figures.py weights/fashionmnist-*.pt --out pictures
 
 Figures 6, 7 and the curves need the numbers of a run alone. Figures 1, 2, 5 and the samples need

@@ -58,7 +58,7 @@ def parser() -> Parser:
                    "deep: ten levels of grey images, by --pay own and initial weights to suit")
     p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
     p.add_argument("--levels", type=int,
-                   help="1 to 10; other than the preset's 5: grey 8 dimensions at the top, "
+                   help="1 to 10; other than the preset's: grey 8 dimensions at the top, "
                    "doubling downwards to at most 128; colour repeats the lowest")
     p.add_argument("--channels", type=int, help="feature maps of every layer")
     p.add_argument("--mean-field", action="store_true",
