@@ -242,7 +242,7 @@ def keep_scale(model: nn.Module) -> None:
     """Scale the initial weights into and out of latents to the variances of He et al. 2015.
 
     PyTorch's default has a third of them, a sixth after a ReLU: down a skip path, from mean to
-    mean, what z_l says shrinks fourfold a level, a million times in ten levels.
+    mean, what z_l says shrinks some 4.3 times a level, half a million times in ten levels.
     """
     for module in model.modules():
         if isinstance(module, FromLatent):

@@ -55,7 +55,7 @@ def parser() -> Parser:
     p.add_argument("--size", choices=tuple(models.PRESETS),
                    help="paper: its network and training; small: for two CPU cores (default); "
                    "best: twice as wide and as long, an hour on one, for grey images; "
-                   "deep: ten levels of grey images, by --pay own and initial weights to suit")
+                   "deep: ten levels of 60,000 grey images, by --pay own and other initial weights")
     p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
     p.add_argument("--levels", type=int,
                    help="1 to 10; other than the preset's: grey 8 dimensions at the top, "
