@@ -254,7 +254,7 @@ def test_representation_is_the_mean_given_means(arch, levels, monkeypatch):
 @pytest.mark.parametrize("arch", ["hvae", "lvae"])
 def test_initial_skip_paths_keep_their_scale(arch):
     """In `deep`, weights around latents vary as He et al. say, and z_10 moves pixels as z_1 does,
-    not a million times less."""
+    not half a million times less."""
     ratio = {}
     for size in ("small", "deep"):
         torch.manual_seed(0)
