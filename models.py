@@ -68,9 +68,11 @@ PRESETS = {  # size, then kind of image: "large" are colour images of more than 
 }  # fmt: skip
 PRESETS["paper"]["large"] = PRESETS["paper"]["colour"]
 PRESETS["small"]["large"] = PRESETS["small"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
-PRESETS["best"] = {"grey": PRESETS["small"]["grey"] | dict(channels=64)}
-PRESETS["deep"] = {  # see `keep_scale`
-    "grey": PRESETS["small"]["grey"] | dict(latents=("128",) * 6 + ("64", "32", "16", "8"))
+PRESETS["best"] = {kind: row | dict(keep_scale=True) for kind, row in PRESETS["small"].items()}
+PRESETS["best"]["grey"] = PRESETS["small"]["grey"] | dict(channels=64)
+PRESETS["deep"] = {
+    "grey": PRESETS["small"]["grey"]
+    | dict(latents=("128",) * 6 + ("64", "32", "16", "8"), keep_scale=True)
 }
 ARCHS = ("vae", "aae", "hvae", "lvae", "biva")
 ONE_LEVEL = ("vae", "aae")
@@ -106,7 +108,7 @@ def configure(
     """
     kind = "grey" if image[0] == 1 else "colour" if image[1] <= 48 else "large"
     if kind not in PRESETS[size]:
-        raise ValueError(f"--size {size} is for grey images: take small or paper for colour")
+        raise ValueError(f"--size {size} is for grey images: colour has small, best and paper")
     row = PRESETS[size][kind]
     if latents is not None:
         names = tuple(part.strip() for part in latents.split(","))
@@ -146,7 +148,7 @@ def configure(
         blocks=row["blocks"],
         patch=row["patch"],
         mean_field=mean_field,
-        keep_scale=size == "deep",
+        keep_scale=row.get("keep_scale", False),
     )
 
 

@@ -54,7 +54,7 @@ def parser() -> Parser:
                    "evenly spaced ones where classes come in order")
     p.add_argument("--size", choices=tuple(models.PRESETS),
                    help="paper: its network and training; small: for two CPU cores (default); "
-                   "best: twice as wide and as long, an hour on one, for grey images; "
+                   "best: longer, an hour or two on one, grey images by a network twice as wide; "
                    "deep: ten levels of 60,000 grey images, by --pay own and other initial weights")
     p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
     p.add_argument("--levels", type=int,
@@ -113,17 +113,19 @@ def defaults(given: dict) -> dict:
     else:
         digits, colour = config["dataset"] == "digits", SHAPES[config["dataset"]][0] > 1
         best = config["size"] == "best"
-        epochs, warmup = (40, 20) if best else (20, 10)  # digits and colour: below
-        config |= dict(lr=1e-3, update="sampled", epochs=80 if digits else 10 if colour else epochs)
+        short, long = (10, 15) if colour else (80, 80) if digits else (20, 40)
+        config |= dict(lr=1e-3, update="sampled", epochs=long if best else short)
         if best:
             config |= dict(schedule="cosine", ema=0.999)
-        if config["size"] == "deep":
+        if best and colour:
+            config["batch_size"] = 32
+        if (best and colour) or config["size"] == "deep":
             config["pay"] = "own"
         if config["rl"] or config["ivae"]:
             # Early on a level's KL costs more than it earns: for some 240 updates as a whole, for
             # some thousand in single units. Bottom-up on colour images all levels can collapse.
             half = max(1, (config | given)["epochs"] // 2)
-            config["warmup"] = min(20 if digits else warmup, half)
+            config["warmup"] = min(20 if digits or best else 10, half)
     config |= given
     if config["free_bits_epochs"] is None:
         config["free_bits_epochs"] = config["epochs"]

@@ -162,6 +162,8 @@ def test_presets(arch, mean_field):
     for image, shapes in [((3, 32, 32), colour), ((3, 64, 64), colour), ((1, 28, 28), grey)]:
         small = models.configure(arch, "small", image)
         assert baselines.build(small).latent_shapes == shapes
+        if image[0] == 3:
+            assert models.configure(arch, "best", image) == small._replace(keep_scale=True)
     assert models.configure(arch, "best") == small._replace(channels=64)
     ten = models.configure(arch, levels=10)
     assert models.configure(arch, "deep") == ten._replace(keep_scale=True)
@@ -181,8 +183,7 @@ def test_what_cannot_be_built():
         ("lvae", dict(latents="8,0c"), "latent '0c' is not understood"),
         ("hvae", dict(mean_field=True), "--mean-field is for lvae"),
         ("hvae", dict(channels=0), "0 channels: there must be at least 1"),
-        ("hvae", dict(size="best", image=(3, 32, 32)), "is for grey images: take small or paper"),
-        ("lvae", dict(size="deep", image=(3, 32, 32)), "is for grey images: take small or paper"),
+        ("lvae", dict(size="deep", image=(3, 32, 32)), "colour has small, best and paper"),
         ("lvae", dict(image=(3, 30, 30)), "squares whose side is a multiple of 4"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -1667,6 +1668,8 @@ def test_settings():
     fashion, best = {"dataset": "fashionmnist"}, {"size": "best"}
     c = settings.defaults(fashion | best | {"ema": 0.5})
     assert (c["epochs"], c["schedule"], c["ema"]) == (40, "cosine", 0.5)
+    c = settings.defaults(rl | best | {"dataset": "cifar10"})
+    assert [c[key] for key in ("epochs", "warmup", "batch_size", "pay")] == [15, 7, 32, "own"]
     deep, own = (settings.defaults(fashion | rl | f) for f in ({"size": "deep"}, {"pay": "own"}))
     assert deep == own | {"size": "deep", "given": deep["given"]}
     for flags, warmup in (  # the other presets warm up where the top is at risk
