@@ -36,7 +36,7 @@ def parser() -> Parser:
                    help="skip paths take the priors' means (default) or a sample of each")
     p.add_argument("--pay", choices=("inferred", "own"),
                    help="what a step's reward pays: the KL of all levels inferred until then "
-                   "(Eq. 24, default), or that of its own level alone")
+                   "(Eq. 24), or that of its own level alone")
     p.add_argument("--dataset", choices=tuple(SHAPES), help="default digits, never downloaded")
     p.add_argument("--data-dir", help="folder of the data sets (default data)")
     p.add_argument("--image-size", type=int,
@@ -54,7 +54,7 @@ def parser() -> Parser:
                    "evenly spaced ones where classes come in order")
     p.add_argument("--size", choices=tuple(models.PRESETS),
                    help="paper: its network and training; small: for two CPU cores (default); "
-                   "best: longer, an hour or two on one, grey images by a network twice as wide; "
+                   "best: an hour or two on one, grey images twice as wide, colour by --pay own; "
                    "deep: ten levels of 60,000 grey images, by --pay own and other initial weights")
     p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
     p.add_argument("--levels", type=int,
@@ -64,12 +64,12 @@ def parser() -> Parser:
     p.add_argument("--mean-field", action="store_true",
                    help="lvae without its merge: posteriors q(z_l|x) do not see the sample above")
     p.add_argument("--epochs", type=int, help="passes over the training images")
-    p.add_argument("--batch-size", type=int, help="images an update (default 128)")
+    p.add_argument("--batch-size", type=int, help="images an update")
     p.add_argument("--lr", type=float, help="Adam's learning rate")
     p.add_argument("--schedule", choices=("constant", "cosine"),
-                   help="of the learning rate; cosine falls to 0 at the end (default constant)")
+                   help="of the learning rate; cosine falls to 0 at the end")
     p.add_argument("--ema", type=float, metavar="DECAY",
-                   help="measure a moving average of the weights (default 0: the weights)")
+                   help="measure a moving average of the weights; 0: the weights")
     p.add_argument("--warmup", type=int, help="epochs in which the KL's weight rises from 0 to 1")
     p.add_argument("--free-bits", type=float, help="nats of each level's KL that cost nothing")
     p.add_argument("--free-bits-epochs", type=int, help="epochs of free bits (default: all)")
