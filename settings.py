@@ -54,7 +54,8 @@ def parser() -> Parser:
                    "evenly spaced ones where classes come in order")
     p.add_argument("--size", choices=tuple(models.PRESETS),
                    help="paper: its network and training; small: for two CPU cores (default); "
-                   "best: an hour or two on one, grey images twice as wide, colour by --pay own; "
+                   "best: an hour or two on one, grey images by twice the channels, colour by "
+                   "wider latents and --pay own; "
                    "deep: ten levels of 60,000 grey images, by --pay own and other initial weights")
     p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
     p.add_argument("--levels", type=int,

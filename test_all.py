@@ -163,7 +163,8 @@ def test_presets(arch, mean_field):
         small = models.configure(arch, "small", image)
         assert baselines.build(small).latent_shapes == shapes
         if image[0] == 3:
-            assert models.configure(arch, "best", image) == small._replace(keep_scale=True)
+            wide = ("16c", "8c", "256", "128", "64")
+            assert models.configure(arch, "best", image) == small._replace(latents=wide)
     assert models.configure(arch, "best") == small._replace(channels=64)
     ten = models.configure(arch, levels=10)
     assert models.configure(arch, "deep") == ten._replace(keep_scale=True)
