@@ -68,11 +68,11 @@ PRESETS = {  # size, then kind of image: "large" are colour images of more than 
 }  # fmt: skip
 PRESETS["paper"]["large"] = PRESETS["paper"]["colour"]
 PRESETS["small"]["large"] = PRESETS["small"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
-PRESETS["best"] = {  # colour: the paper's widths of dense latents
-    kind: row | dict(latents=("16c", "8c", "256", "128", "64"))
-    for kind, row in PRESETS["small"].items()
+PRESETS["best"] = {
+    "grey": PRESETS["small"]["grey"] | dict(channels=64),
+    "colour": PRESETS["small"]["colour"] | dict(latents=("16c", "8c", "256", "128", "64")),
 }
-PRESETS["best"]["grey"] = PRESETS["small"]["grey"] | dict(channels=64)
+PRESETS["best"]["large"] = PRESETS["best"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
 PRESETS["deep"] = {
     "grey": PRESETS["small"]["grey"]
     | dict(latents=("128",) * 6 + ("64", "32", "16", "8"), keep_scale=True)

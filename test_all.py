@@ -1888,6 +1888,9 @@ def test_mistakes_with_runs_give_one_line(few, tmp_path, monkeypatch, capsys):
     fails(capsys, ["--resume", out, "--epochs", "-1"], "--epochs -1: must be above 0")
     train.main(["--resume", out, "--epochs", "2", "--probe", "top"])
     fails(capsys, ["--resume", out, "--epochs", "1"], "--epochs 1: the run has begun epoch 3")
+    with monkeypatch.context() as patch:
+        patch.setitem(models.PRESETS["small"]["grey"], "blocks", 2)
+        fails(capsys, ["--resume", out], "another network than its flags now give")
     (tmp_path / "run/eval.json").unlink()
     train.main(["--resume", out, "--probe", "top"])
     assert set(evaluation_of(out)["probe"]) == {"z2"}

@@ -330,6 +330,11 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
             )
     config = defaults(state["config"]["given"] | flags)
     check(config)
+    if network(config)._asdict() != state["model_config"]:
+        raise UserError(
+            f"{flags['out']} has another network than its flags now give, since a preset has "
+            "changed: start a new run with --out"
+        )
     if config["epochs"] < state["epoch"] + (state["batch"] > 0):
         raise UserError(
             f"--epochs {config['epochs']}: the run has begun epoch {state['epoch'] + 1}"
