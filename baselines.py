@@ -1,4 +1,4 @@
-"""The baselines with a class of their own: BIVA, and the adversarial autoencoder with its losses.
+"""The baselines with a class of their own: BIVA, and the adversarial autoencoder with its loss.
 
 A plain VAE is an HVAE of one level, and IVAE is an objective of either hierarchy (rewards.py).
 """
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.func import functional_call
 
 from likelihoods import full_precision
 from models import (
@@ -18,22 +19,23 @@ from models import (
     Config,
     FromLatent,
     Hierarchy,
-    Inference,
     Merge,
     Network,
     ToGaussian,
     gaussian,
-    keep_scale,
+    he_initialisation,
     laid_out,
 )
-from rewards import Loss, level_kl, reconstruction, through
+from rewards import Inference, Loss, kl_terms, reconstruction, through
+
+ADVERSARY = 10.0  # weight of the AAE's adversary, in nats
 
 
 def build(config: Config) -> Network:
     """The model of a configuration, initialised, on the CPU in float32."""
     model = {"hvae": HVAE, "lvae": LVAE, "biva": BIVA, "aae": AAE}[config.arch](config)
-    if config.keep_scale:
-        keep_scale(model)
+    if config.he_init:
+        he_initialisation(model)
     return model
 
 
@@ -51,6 +53,7 @@ class BIVA(Network):
 
     def __init__(self, config: Config):
         super().__init__(config)
+        self.order = tuple(reversed(range(self.levels)))
         channels, shapes, sizes = config.channels, self.latent_shapes, self.sizes[1:]
         self.latent_shapes = [(2 * d, *maps) for d, *maps in shapes[:-1]] + shapes[-1:]
         # Upwards, for q(z_l^BU) and q(z_L).
@@ -65,7 +68,7 @@ class BIVA(Network):
         for level, kernel in enumerate(config.kernels):
             size, shape, both = sizes[level], shapes[level], self.latent_shapes[level]
             self.down_embed.append(FromLatent(both, channels, size))
-            self.decoder.append(nn.Sequential(*self.going_down(level)))
+            self.decoder.append(nn.Sequential(*self.decoder_blocks(level)))
             if level < self.levels - 1:
                 self.up_embed.append(FromLatent(shape, channels, size))
                 self.up_merge.append(Merge(channels, kernel))
@@ -139,17 +142,13 @@ class AAE(Hierarchy):
             nn.Flatten(0),
         )
 
-    def phases(self, lr: float) -> list[dict]:
-        """Adam's options for each of the three losses below. Adversaries turn with every step of
-        each other, so their momentum is 0.5; the discriminator's rate is ten times the encoder's
-        against it (Heusel et al. 2017)."""
-        encoder = [p for part in (self.stem, self.encoder, self.head) for p in part.parameters()]
-        decoder = [p for part in (self.decoder, self.to_pixels) for p in part.parameters()]
-        return [
-            {"params": encoder + decoder, "lr": lr},
-            {"params": list(self.discriminator.parameters()), "lr": 3 * lr, "betas": (0.5, 0.999)},
-            {"params": encoder, "lr": 0.3 * lr, "betas": (0.5, 0.999)},
-        ]
+    def parameter_groups(self, lr: float) -> list[dict]:
+        """Adversaries turn with every step of each other, so the discriminator's momentum is 0.5,
+        and it learns faster than the encoder (Heusel et al. 2017)."""
+        adversary = list(self.discriminator.parameters())
+        (rest,) = super().parameter_groups(lr)
+        rest["params"] = rest["params"][: -len(adversary)]  # it is the last part
+        return [rest, {"params": adversary, "lr": 3 * lr, "betas": (0.5, 0.999)}]
 
     def infer(self, x: Tensor, sample: bool = True) -> Inference:
         posterior = self.head(self.features(x)[-1])
@@ -157,35 +156,22 @@ class AAE(Hierarchy):
         return Inference([posterior], [self.top_prior()], [z])
 
 
-# --------------------------------------------------------------------------------------------------
-# The adversarial autoencoder's losses. The KL has no part in them and is only reported.
+def aae_loss(model: AAE, x: Tensor) -> Loss:
+    """The adversarial autoencoder's terms in one loss, whose gradients reach one player each:
 
+    -log p(x|z) - ADVERSARY log D(z)                 the autoencoder, z of x, D as it stands
+    -log D(z of the prior) - log(1 - D(z of x))      the discriminator D, z as it stands
 
-def reconstruction_loss(model, x: Tensor) -> Loss:
-    """-log p(x|z), for encoder and decoder."""
+    The KL has no part in it and is only reported.
+    """
     inference = model.infer(x)
-    value = -reconstruction(model, x, inference).mean()
-    return Loss(value, level_kl(inference).detach().mean(dim=1))
-
-
-def discriminator_loss(model, x: Tensor) -> Loss:
-    """-log D(z of the prior) - log(1 - D(z of x)), for the discriminator D."""
-    inference = model.infer(x)
-    z, prior = inference.latents[-1].detach(), inference.priors[-1].expand((len(x),)).rsample()
-    value = F.softplus(-odds(model, prior)).mean() + F.softplus(odds(model, z)).mean()
-    return Loss(value, level_kl(inference).detach().mean(dim=1))
-
-
-def confusion_loss(model, x: Tensor) -> Loss:
-    """-log D(z of x), for the encoder: its z shall pass for the prior's."""
-    inference = model.infer(x)
-    value = F.softplus(-odds(model, inference.latents[-1])).mean()
-    return Loss(value, level_kl(inference).detach().mean(dim=1))
-
-
-def odds(model, z: Tensor) -> Tensor:
-    """(B,): log D(z) / (1 - D(z)), never below float32."""
-    return full_precision(model.discriminator(z))
-
-
-AAE_LOSSES = reconstruction_loss, discriminator_loss, confusion_loss  # in the order of `phases`
+    z, prior = inference.latents[-1], inference.priors[-1].expand((len(x),)).rsample()
+    fixed = {name: p.detach() for name, p in model.discriminator.named_parameters()}
+    confused, real, fake = (  # log odds that z is of the prior, never below float32
+        full_precision(functional_call(model.discriminator, weights, v))
+        for weights, v in ((fixed, z), ({}, prior), ({}, z.detach()))
+    )
+    autoencoder = ADVERSARY * F.softplus(-confused) - reconstruction(model, x, inference)
+    discriminator = F.softplus(-real) + F.softplus(fake)
+    kl = kl_terms(inference, model.order)
+    return Loss((autoencoder + discriminator).mean(), kl.detach().mean(dim=1))

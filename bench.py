@@ -33,13 +33,15 @@ Update = Callable[[train.Run, Tensor], object]  # all updates of a run by a batc
 def literal_loss(model: models.Hierarchy, x: Tensor, step: int, gamma: float, skip: str) -> Tensor:
     """-Q_step (Eq. 24 to 26), each path decoded by itself from its posterior sample down."""
     inference = model.infer(x)
-    kl = rewards.level_kl(inference)
+    kl = rewards.kl_terms(inference, model.order)
     q_value, paid = 0.0, 0.0
     for i, level in enumerate(model.order):
         paid = paid + kl[level]
         if i >= step:
-            starts = [z if k == level else None for k, z in enumerate(inference.latents)]
-            reward = model.decode(starts, skip).log_prob(x) - paid  # Eq. 24
+            z = inference.latents[level]
+            for below in reversed(range(level)):
+                z = rewards.through(model.prior(below, z), skip)
+            reward = model.decode(z).log_prob(x) - paid  # Eq. 24
             q_value = q_value + gamma ** (i - step) * reward  # Eq. 26
     return -q_value.mean()
 
@@ -49,10 +51,10 @@ def literal_update(run: train.Run, x: Tensor) -> None:
     weight normalised wherever it is used, and each loss looked at."""
     layout, models.LAYOUT = models.LAYOUT, torch.contiguous_format
     for step in range(run.model.levels):
-        run.optimizers[0].zero_grad()
+        run.optimizer.zero_grad()
         loss = literal_loss(run.model, x, step, run.config["gamma"], run.config["skip"])
         loss.backward()
-        run.optimizers[0].step()
+        run.optimizer.step()
         loss.item()
     models.LAYOUT = layout
 
@@ -72,7 +74,7 @@ def ways(config: dict, device: torch.device) -> dict[str, tuple[train.Run, Updat
         return own
     run = train.Run(config | flags["stepwise"], device)
     run.captured = None
-    run.optimizers = [torch.optim.Adam(run.model.parameters(), lr=config["lr"])]
+    run.optimizer = torch.optim.Adam(run.model.parameters(), lr=config["lr"])
     return {"literal": (run, literal_update), **own}
 
 

@@ -24,7 +24,7 @@ from devices import commit, pick_device, seeded
 from files import Parser, UserError, one_line, write_json, writing
 from probe import linear_probe
 
-CHECKPOINT, FORMAT = "checkpoint.pt", 4  # a checkpoint's name and version
+CHECKPOINT, FORMAT = "checkpoint.pt", 5  # a checkpoint's name and version
 PROVENANCE = ("epoch", "updates", "made_by")  # what a checkpoint knows beside its configuration
 ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active (Burda et al. 2016)
 WIDEST = 1024  # numbers of a level that the probe takes: wider maps are averaged over squares
@@ -102,7 +102,7 @@ def representations(
     With `sample` a posterior sample instead; with `binarised` of one draw of the binarised image.
     Maps of more than `widest` numbers an image are averaged over squares to fewer.
     """
-    device = model.zero.device
+    device = model.device
     parts: list[list[Tensor]] = [[] for _ in range(model.levels)]
     for start, batch in in_order(images, device):
         with seeded(device, seed + start):
@@ -144,8 +144,11 @@ def probes(
 def active_units(model: models.Network, images: Tensor) -> list[int]:
     """How many dimensions of each level have a posterior mean whose variance over the images
     exceeds ACTIVE, bottom to top. A collapsed level (Eq. 7) has none."""
-    sums = [model.zero.new_zeros(2, math.prod(shape)).double() for shape in model.latent_shapes]
-    for _, batch in in_order(images, model.zero.device):
+    sums = [
+        torch.zeros(2, math.prod(shape), dtype=torch.float64, device=model.device)
+        for shape in model.latent_shapes
+    ]
+    for _, batch in in_order(images, model.device):
         for total, z in zip(sums, model.infer(to_unit(batch), sample=False).latents, strict=True):
             z = z.flatten(1).double()
             total += torch.stack([z.sum(0), z.square().sum(0)])
@@ -161,7 +164,7 @@ def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int
     of the sample, a bound whatever the architecture. "iwae" is the importance-weighted bound with
     `samples` samples, None where that is 0.
     """
-    device, levels = model.zero.device, model.levels
+    device, levels = model.device, model.levels
     sums = torch.zeros(2 * levels + 2, dtype=torch.float64, device=device)
     for start, batch in in_order(images, device):
         with seeded(device, seed + start):
@@ -170,7 +173,7 @@ def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int
             z = inference.latents
             paths = [model.generate([None] * k + z[k:]).log_prob(x) for k in range(levels)]
             elbo = paths[0] - rewards.log_ratios(inference).sum(dim=0)
-            values = [*rewards.level_kl(inference), *paths, elbo]
+            values = [*rewards.kl_terms(inference, model.order), *paths, elbo]
             if samples:
                 values.append(rewards.importance_weighted_bound(model, x, samples))
             sums[: len(values)] += torch.stack([v.double().sum() for v in values])
@@ -186,7 +189,7 @@ def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int
 def level_information(model: models.Network, data: Data, level: int, seed: int = 0) -> dict:
     """MINE (App. C.2) between images and posterior samples of a level: trained on the training
     split, with new samples every fifth epoch, measured on the test split; {"nats", "ceiling"}."""
-    device, images = model.zero.device, len(data.train) + len(data.test)
+    device, images = model.device, len(data.train) + len(data.test)
 
     def draw(epoch: int) -> Tensor:
         return representations(model, data.train, sample=True, seed=seed + epoch * images)[level]

@@ -110,7 +110,7 @@ def fig1_skip_paths(rows: list[Row]) -> Figure:
     """Figure 1: test images, and what each level's representation alone decodes of them."""
     columns, levels = max(4, 20 // len(rows)), max(row.levels for row in rows)
     for axes, row in panels(rows, height=0.5 + 9 * (levels + 1) / columns / len(rows)):
-        images = to_unit(row.images[spread(row, columns)].to(row.model.zero.device))
+        images = to_unit(row.images[spread(row, columns)].to(row.model.device))
         z = row.model.infer(images, sample=False).latents
         paths = [row.model.generate([None] * level + z[level:]).mean for level in range(len(z))]
         show(axes, torch.cat([images, *paths]), len(images))
@@ -126,7 +126,7 @@ def samples(rows: list[Row]) -> Figure:
     """Samples from the prior: the pixels' means given an ancestral sample of the latents."""
     columns = max(4, 20 // len(rows))
     for axes, row in panels(rows, height=0.5 + 9.7 / len(rows)):
-        with seeded(row.model.zero.device):
+        with seeded(row.model.device):
             show(axes, row.model.sample(columns**2).mean, columns)
     return axes.figure
 

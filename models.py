@@ -1,12 +1,8 @@
 """Hierarchical VAEs whose inference goes level by level: HVAE (bottom-up) and LVAE (top-down).
 
 Levels are 0-based in code and always listed bottom to top: level 0 is the paper's z_1, next to the
-pixels, level L-1 is z_L. rewards.py asks four names of a model:
-
-    levels                L
-    order                 the levels in the order in which they are inferred, a tuple
-    infer(x)              posteriors, priors, latents of all levels, bottom to top, see Inference
-    decode(starts, skip)  p(x | z_l) of any set of levels along their skip paths, in one descent
+pixels, level L-1 is z_L. What training needs of a model is `rewards.Model`: `levels`, `order`,
+`infer(x)`, `prior(level, z)` and `decode(z)`.
 
 To understand an architecture, read `Network`, `Hierarchy` and its own class. Distributions are
 torch.distributions with one batch dimension: log_prob and kl_divergence are per image, in nats.
@@ -23,7 +19,7 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.nn.utils.parametrizations import weight_norm
 
 from likelihoods import full_precision, likelihood, parameters_a_pixel
-from rewards import through
+from rewards import Inference, through
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
@@ -41,7 +37,7 @@ class Config(NamedTuple):
     blocks: int  # residual blocks a level
     patch: int  # the stem cuts the image into patch x patch squares
     mean_field: bool = False  # of lvae: posteriors do not see the sample above
-    keep_scale: bool = False  # initial skip paths keep what a level says: see `keep_scale`
+    he_init: bool = False  # of the weights around latents: see `he_initialisation`
 
 
 PRESETS = {  # size, then kind of image: "large" are colour images of more than 48 pixels a side
@@ -75,7 +71,7 @@ PRESETS["best"] = {
 PRESETS["best"]["large"] = PRESETS["best"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
 PRESETS["deep"] = {
     "grey": PRESETS["small"]["grey"]
-    | dict(latents=("128",) * 6 + ("64", "32", "16", "8"), keep_scale=True)
+    | dict(latents=("128",) * 6 + ("64", "32", "16", "8"), he_init=True)
 }
 ARCHS = ("vae", "aae", "hvae", "lvae", "biva")
 ONE_LEVEL = ("vae", "aae")
@@ -151,7 +147,7 @@ def configure(
         blocks=row["blocks"],
         patch=row["patch"],
         mean_field=mean_field,
-        keep_scale=row.get("keep_scale", False),
+        he_init=row.get("he_init", False),
     )
 
 
@@ -243,11 +239,11 @@ class Merge(nn.Module):
 
 
 @torch.no_grad()
-def keep_scale(model: nn.Module) -> None:
+def he_initialisation(model: nn.Module) -> None:
     """Scale the initial weights into and out of latents to the variances of He et al. 2015.
 
     PyTorch's default has a third of them, a sixth after a ReLU: down a skip path, from mean to
-    mean, what z_l says shrinks some 4.3 times a level, half a million times in ten levels.
+    mean, what z_l says shrinks about 4.3 times a level, half a million times in ten levels.
     """
     for module in model.modules():
         if isinstance(module, FromLatent):
@@ -264,15 +260,6 @@ def gaussian(mean: Tensor, scale: Tensor) -> Independent:
 
 # --------------------------------------------------------------------------------------------------
 # What all architectures share
-
-
-class Inference(NamedTuple):
-    """One pass of the encoder; lists go bottom to top."""
-
-    posteriors: list[Independent]  # of z_l, given x and the samples that it is conditioned on
-    priors: list[Independent]  # of z_l, given the samples above; the top one has batch size 1
-    latents: list[Tensor]  # z_l, (B, D) or (B, D, H, W)
-    pixels: Distribution | None = None  # p(x | all latents), where the pass came by it
 
 
 class Network(nn.Module):
@@ -313,13 +300,20 @@ class Network(nn.Module):
             for kernel, stride in zip(config.kernels, config.strides, strict=True)
         )
         self.to_pixels = nn.Conv2d(channels, parameters_a_pixel(depth) * config.patch**2, 1)
-        self.register_buffer("zero", torch.zeros(()), persistent=False)
 
-    def going_down(self, level: int) -> list[nn.Module]:
+    def decoder_blocks(self, level: int) -> list[nn.Module]:
         """The residual blocks from generative features at a level to those at the level below."""
         channels, kernel = self.config.channels, self.config.kernels[level]
         plain = (Residual(channels, kernel) for _ in range(self.config.blocks - 1))
         return [Residual(channels, kernel, size=self.sizes[level]), *plain]
+
+    def parameter_groups(self, lr: float) -> list[dict]:
+        """What an optimiser is given."""
+        return [{"params": list(self.parameters()), "lr": lr}]
+
+    @property
+    def device(self) -> torch.device:
+        return self.stem.weight.device
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Deterministic features of x (B, C, H, W) in [0, 1] at every level, bottom to top."""
@@ -336,7 +330,7 @@ class Network(nn.Module):
 
     def top_prior(self) -> Independent:
         """p(z_L) = N(0, I), with batch size 1."""
-        zeros = self.zero.expand(1, *self.latent_shapes[-1])
+        zeros = self.stem.weight.new_zeros(1, *self.latent_shapes[-1])
         return gaussian(zeros, zeros + 1)
 
     def sample(self, n: int) -> Distribution:
@@ -355,7 +349,7 @@ class Hierarchy(Network):
     It is Markov: given z_l nothing above it reaches x. That makes p(x|z_l) of Eq. 24 a skip path.
     """
 
-    order: tuple[int, ...]  # of the levels in inference, Eq. 3
+    order: tuple[int, ...]  # the levels as they are inferred
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -364,38 +358,25 @@ class Hierarchy(Network):
         self.prior_heads = nn.ModuleList()  # those features to p(z_l | z_{l+1}), l < L-1
         for level, (shape, size) in enumerate(zip(shapes, self.sizes[1:], strict=True)):
             embed = FromLatent(shape, channels, size)
-            self.decoder.append(nn.Sequential(embed, *self.going_down(level)))
+            self.decoder.append(nn.Sequential(embed, *self.decoder_blocks(level)))
             if level < self.levels - 1:
                 self.prior_heads.append(ToGaussian(channels, size, shape))
 
-    def top_down(self, level: int, above: Tensor | None) -> tuple[Tensor | None, Independent]:
-        """Features of the sample above at `level`, and the prior they give: p(z_l | z_{l+1}). At
-        the top no features, and N(0, I) with batch size 1."""
-        if level == self.levels - 1:
-            return None, self.top_prior()
-        features = self.decoder[level + 1](above)
-        return features, self.prior_heads[level](features)
+    def prior(self, level: int, z: Tensor) -> Independent:
+        """p(z_level | z_{level+1} = z)."""
+        return self.prior_heads[level](self.decoder[level + 1](z))
 
-    def decode(self, starts: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
-        """p(x | z_l) along the skip path of every start, all paths in one descent.
-
-        `starts[l]` holds values of z_l, (N_l, *shape), or None. Paths that have reached a level go
-        on together in one batch, through the priors below by their means (`skip="mean"`) or by
-        one sample each ("sample"). The result has sum(N_l) rows, those of the lowest level first.
-        """
-        rows: Tensor | None = None
-        for level in reversed(range(self.levels)):
-            if starts[level] is not None:
-                rows = starts[level] if rows is None else torch.cat([starts[level], rows])
-            if rows is not None and level > 0:
-                rows = through(self.top_down(level - 1, rows)[1], skip)
-        return self.pixels(self.decoder[0](rows))
+    def decode(self, z: Tensor) -> Distribution:
+        """p(x | z_1 = z)."""
+        return self.pixels(self.decoder[0](z))
 
     def generate(self, latents: Sequence[Tensor | None], skip: str = "mean") -> Distribution:
-        """See Network. Being Markov, it is the skip path of the lowest level given."""
+        """See Network. Being Markov, it depends on the lowest level given alone."""
         lowest = next(level for level, z in enumerate(latents) if z is not None)
-        starts = [z if level == lowest else None for level, z in enumerate(latents)]
-        return self.decode(starts, skip)
+        z = latents[lowest]
+        for level in reversed(range(lowest)):
+            z = through(self.prior(level, z), skip)
+        return self.decode(z)
 
 
 class HVAE(Hierarchy):
@@ -426,9 +407,8 @@ class HVAE(Hierarchy):
                 h = self.merge[level - 1](h, self.embed[level - 1](latents[-1]))
             posteriors.append(self.posterior_heads[level](h))
             latents.append(posteriors[-1].rsample() if sample else posteriors[-1].mean)
-        above = [*latents[1:], None]
-        priors = [self.top_down(level, z)[1] for level, z in enumerate(above)]
-        return Inference(posteriors, priors, latents)
+        priors = [self.prior(level, z) for level, z in enumerate(latents[1:])]
+        return Inference(posteriors, [*priors, self.top_prior()], latents)
 
 
 class LVAE(Hierarchy):
@@ -450,16 +430,15 @@ class LVAE(Hierarchy):
         )
 
     def infer(self, x: Tensor, sample: bool = True) -> Inference:
-        features, z = self.features(x), None
-        posteriors, priors, latents = [], [], []  # top to bottom
+        features = self.features(x)
+        posteriors, priors, latents = [], [self.top_prior()], []  # top to bottom
         for level in self.order:
             h = features[level]
-            above, prior = self.top_down(level, z)
-            if above is not None and not self.config.mean_field:
-                h = self.merge[level](h, above)
-            posterior = self.posterior_heads[level](h)
-            z = posterior.rsample() if sample else posterior.mean
-            posteriors.append(posterior)
-            priors.append(prior)
-            latents.append(z)
+            if level < self.levels - 1:
+                above = self.decoder[level + 1](latents[-1])
+                priors.append(self.prior_heads[level](above))
+                if not self.config.mean_field:
+                    h = self.merge[level](h, above)
+            posteriors.append(self.posterior_heads[level](h))
+            latents.append(posteriors[-1].rsample() if sample else posteriors[-1].mean)
         return Inference(posteriors[::-1], priors[::-1], latents[::-1])

@@ -3,19 +3,47 @@
     An, Li, et al.: Improving Unsupervised Hierarchical Representation with Reinforcement Learning,
     CVPR 2024. Equation numbers are the paper's.
 
-A model is anything with four names, which models.py describes: `levels`, `order` (the levels in the
-order of inference), `infer(x)` and `decode(starts, skip)`. Levels and steps count from 0; step t
-infers level order[t]. Values are per image, in nats, to be maximised; losses are to be minimised.
+A model is anything with the five names of `Model`. Levels and steps count from 0. Levels are listed
+bottom to top, steps in the order of inference: step t infers level order[t]. Values are per image,
+in nats, to be maximised; losses are to be minimised.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
+
+
+class Inference(NamedTuple):
+    """One pass of the encoder; lists go bottom to top."""
+
+    posteriors: list[Distribution]  # of z_l, given x and the samples that it is conditioned on
+    priors: list[Distribution]  # of z_l, given the sample above; the top one may have batch size 1
+    latents: list[Tensor]  # reparameterised samples of z_l, (B, ...)
+    pixels: Distribution | None = None  # p(x | all latents) of a model that has no `decode`
+
+
+class Model(Protocol):
+    """A Markov hierarchy p(x|z_1) p(z_1|z_2) ... p(z_L) and its inference, level by level.
+
+    All distributions have one batch dimension: log_prob and KL are one number an image.
+    """
+
+    levels: int  # L, which is also T, the number of steps
+    order: Sequence[int]  # the levels as they are inferred: bottom-up (0, ..., L-1)
+
+    def infer(self, x: Tensor) -> Inference:
+        """Posteriors, priors and samples of all levels from images x (B, ...)."""
+
+    def prior(self, level: int, z: Tensor) -> Distribution:
+        """p(z_level | z_{level+1} = z)."""
+
+    def decode(self, z: Tensor) -> Distribution:
+        """p(x | z_1 = z)."""
 
 
 class Loss(NamedTuple):
@@ -27,22 +55,38 @@ class Loss(NamedTuple):
 # The terms
 
 
-def level_kl(inference) -> Tensor:
-    """(L, B): KL of each level's posterior from its prior given the sample above (Eq. 5 and 6),
-    0 where the level has collapsed (Eq. 7).
+def one_an_image(values: Tensor, images: int) -> Tensor:
+    """The values, (images,). ValueError for another shape."""
+    if values.shape != (images,):
+        raise ValueError(
+            f"a KL or log-likelihood of shape {tuple(values.shape)} for {images} images: it must "
+            "be one number an image, as of torch.distributions.Independent"
+        )
+    return values
 
-    Bottom-up, that sample was inferred from the level's own. The closed form does not see how the
-    two vary together, so its sum may differ from the mean of `log_ratios` either way.
+
+def kl_terms(inference: Inference, order: Sequence[int]) -> Tensor:
+    """(L, B), bottom to top: what each level adds to the KL of all latents (Eq. 4 to 6).
+
+    Where the level above is inferred first, this is the KL of posterior and prior in closed form.
+    Where it is inferred later, its sample depends on this level's own, and the closed form would
+    overlook that: then it is log q - log p of the samples, whose mean is exact.
     """
-    pairs = zip(inference.posteriors, inference.priors, strict=True)
-    return torch.stack([kl_divergence(posterior, prior) for posterior, prior in pairs])
-
-
-def log_ratios(inference) -> Tensor:
-    """(L, B): log q(z_l) - log p(z_l) of the samples. In the mean over samples their sum is the KL
-    of all latents together (Eq. 4), whatever the order of inference."""
     inferred = zip(inference.posteriors, inference.priors, inference.latents, strict=True)
-    return torch.stack([q.log_prob(z) - p.log_prob(z) for q, p, z in inferred])
+    terms = []
+    for level, (q, p, z) in enumerate(inferred):
+        above_is_later = level + 1 in order[list(order).index(level) :]
+        kl = q.log_prob(z) - p.log_prob(z) if above_is_later else kl_divergence(q, p)
+        terms.append(one_an_image(kl, len(z)))
+    return torch.stack(terms)
+
+
+def log_ratios(inference: Inference) -> Tensor:
+    """(L, B): log q(z_l) - log p(z_l) of the samples."""
+    inferred = zip(inference.posteriors, inference.priors, inference.latents, strict=True)
+    return torch.stack(
+        [one_an_image(q.log_prob(z) - p.log_prob(z), len(z)) for q, p, z in inferred]
+    )
 
 
 def weigh_kl(kl: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
@@ -57,15 +101,15 @@ def weigh_kl(kl: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
     return beta * kl
 
 
-def reconstruction(model, x: Tensor, inference) -> Tensor:
-    """(B,): log p(x|z) given all latents inferred."""
-    pixels = inference.pixels
-    if pixels is None:  # given z_1 nothing above it reaches x
-        pixels = model.decode([inference.latents[0], *[None] * (model.levels - 1)])
-    return pixels.log_prob(x)
+def reconstruction(model: Model, x: Tensor, inference: Inference) -> Tensor:
+    """(B,): log p(x|z) given all latents inferred. Given z_1 nothing above it reaches x."""
+    pixels = getattr(inference, "pixels", None)
+    if pixels is None:
+        pixels = model.decode(inference.latents[0])
+    return one_an_image(pixels.log_prob(x), len(x))
 
 
-def through(prior, skip: str) -> Tensor:
+def through(prior: Distribution, skip: str) -> Tensor:
     """What a skip path takes from a prior on its way down: the mean, or one sample."""
     if skip not in ("mean", "sample"):
         raise ValueError(f"unknown skip {skip!r}: choose mean or sample")
@@ -73,132 +117,132 @@ def through(prior, skip: str) -> Tensor:
 
 
 def skip_paths(
-    model, x: Tensor, inference, paths: Sequence[slice | None], skip: str = "mean"
-) -> list[Tensor | None]:
-    """log p(x|z_l) down the skip path of each level's posterior sample: Eq. 24's first term.
+    model: Model, x: Tensor, inference: Inference, images: Sequence[slice | None], skip="mean"
+) -> list[Tensor]:
+    """log p(x|z^t) down the skip path of step t's posterior sample: Eq. 24's first term.
 
-    `paths[l]` are the images whose level l is decoded: `slice(None)` for all, None for none. The
-    path takes the means of the priors below it (`skip="mean"`) or a sample of each ("sample").
+    `images[t]` says which of the batch step t decodes: `slice(None)` all, None none. Gives a tensor
+    of so many values for each step that decodes some. Below z^t a path takes the means of the
+    priors (`skip="mean"`) or a sample of each ("sample").
 
-    All paths go down in one batch. The first step of each is the prior of the level below, which
-    `inference` has computed for the KL already.
+    All paths go down in one batch, the lowest level's first. The first step of each is the prior
+    of the level below, which `inference` has computed for the KL already.
     """
-    starts: list[list[Tensor]] = [[] for _ in range(model.levels)]
-    for level, images in enumerate(paths):
-        if images is None:
-            continue
-        if level == 0:
-            starts[0].append(inference.latents[0][images])
-        else:
-            starts[level - 1].append(through(inference.priors[level - 1], skip)[images])
-    pixels = model.decode([torch.cat(s) if s else None for s in starts], skip)
-    targets = [x[images] for images in paths if images is not None]  # the lowest level's first
-    values = iter(pixels.log_prob(torch.cat(targets)).split([len(t) for t in targets]))
-    return [None if images is None else next(values) for images in paths]
+    paths = {k: part for k, part in zip(model.order, images, strict=True) if part is not None}
+    z: list[Tensor] = []  # values of z_level on the paths that pass it, the lowest path's first
+    for level in reversed(range(model.levels)):
+        if z:
+            z = [through(model.prior(level, torch.cat(z)), skip)]
+        if level + 1 in paths:
+            z.insert(0, through(inference.priors[level], skip)[paths[level + 1]])
+    if 0 in paths:
+        z.insert(0, inference.latents[0][paths[0]])
+    targets = [x[paths[level]] for level in sorted(paths)]
+    log_px = model.decode(torch.cat(z)).log_prob(torch.cat(targets))
+    parts = one_an_image(log_px, sum(map(len, targets))).split([*map(len, targets)])
+    of_level = dict(zip(sorted(paths), parts, strict=True))
+    return [of_level[level] for level in model.order if level in paths]
+
+
+def kl_paid(kl: Tensor, order: Sequence[int], pay: str = "inferred") -> Tensor:
+    """(T, B): what each step pays of the KL (L, B), Eq. 24's second term. That is the KL of all
+    levels inferred until then, or with `pay="own"` that of its own level alone."""
+    if pay not in ("inferred", "own"):
+        raise ValueError(f"unknown pay {pay!r}: choose inferred or own")
+    kl = torch.stack([kl[level] for level in order])
+    return kl.cumsum(dim=0) if pay == "inferred" else kl
 
 
 def rewards(
-    model,
-    x: Tensor,
-    inference,
-    kl: Tensor,
-    start: int = 0,
-    skip: str = "mean",
-    pay: str = "inferred",
-    paths: Sequence[slice | None] | None = None,
-) -> tuple[list[Tensor], Tensor]:
-    """Eq. 24, r_t = log p(x|z^t) - sum_{s<=t} KL_s, as its two terms `decoded` and `paid`.
+    model: Model, x: Tensor, inference: Inference, kl: Tensor, first=0, skip="mean", pay="inferred"
+) -> Tensor:
+    """r_t = log p(x|z^t) - sum_{s<=t} KL_s (Eq. 24), (T, B), from the (weighted) `kl` (L, B).
 
-    `decoded` has one tensor a step from `start` on, (B,), or with `paths` (see `skip_paths`) of
-    that many images. `paid` is (T - start, B), from the (weighted) `kl` (L, B) of all levels
-    inferred until then. With `pay="own"` a step pays the KL of its own level alone.
+    With `first`, (T - first, B): steps before it are not decoded.
     """
-    if pay not in ("inferred", "own"):
-        raise ValueError(f"unknown pay {pay!r}: choose inferred or own")
-    steps = model.order[start:]
-    if paths is None:
-        paths = [slice(None) if level in steps else None for level in range(model.levels)]
-    log_px = skip_paths(model, x, inference, paths, skip)
-    decoded = [log_px[level] for level in steps]
-    paid = torch.stack([kl[level] for level in model.order])
-    return decoded, (paid.cumsum(dim=0) if pay == "inferred" else paid)[start:]
+    images = [slice(None) if t >= first else None for t in range(model.levels)]
+    log_px = torch.stack(skip_paths(model, x, inference, images, skip))
+    return log_px - kl_paid(kl, model.order, pay)[first:]  # Eq. 24
+
+
+def q_values(r: Tensor, gamma: float) -> Tensor:
+    """Q_t = r_t + gamma Q_{t+1} (Eq. 26), (T, B), from the rewards r (T, B)."""
+    q = [r[-1]]
+    for reward in r[:-1].flip(0):
+        q.append(reward + gamma * q[-1])  # Eq. 26
+    return torch.stack(q[::-1])
 
 
 def path_weights(steps: int, gamma: float) -> list[float]:
-    """w_i with sum_t Q_t = sum_i w_i r_i (Eq. 28): w_i = sum_{t<=i} gamma^(i-t)."""
-    return [sum(gamma**k for k in range(i + 1)) for i in range(steps)]
-
-
-def q_value(r: Sequence[Tensor], gamma: float, summed: bool = False) -> Tensor:
-    """(B,): Q_t = sum_{i>=t} gamma^(i-t) r_i (Eq. 26) from the rewards r (T-t, B) of steps t on.
-
-    With `summed`, from the rewards of all steps, sum_t Q_t (Eq. 28).
-    """
-    weights = path_weights(len(r), gamma) if summed else [gamma**i for i in range(len(r))]
-    return sum(w * reward for w, reward in zip(weights, r, strict=True))
+    """w_t with sum_t Q_t = sum_t w_t r_t (Eq. 28): w_t = sum_{s<=t} gamma^(t-s)."""
+    return [sum(gamma**k for k in range(t + 1)) for t in range(steps)]
 
 
 # --------------------------------------------------------------------------------------------------
 # Losses of a batch x (B, C, H, W)
 
 
-def elbo_loss(model, x: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Loss:
+def elbo_loss(model: Model, x: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Loss:
     """Minus the evidence lower bound (Eq. 5 and 6), with one sample."""
     inference = model.infer(x)
-    kl = level_kl(inference)
+    kl = kl_terms(inference, model.order)
     value = reconstruction(model, x, inference) - weigh_kl(kl, beta, free_bits).sum(dim=0)
     return Loss(-value.mean(), kl.detach().mean(dim=1))
 
 
 def stepwise_loss(
-    model, x: Tensor, step: int, gamma: float, skip="mean", pay="inferred", beta=1.0, free_bits=0.0
+    model: Model,
+    x: Tensor,
+    step: int,
+    gamma: float,
+    skip: str = "mean",
+    pay: str = "inferred",
+    beta: float = 1.0,
+    free_bits: float = 0.0,
 ) -> Loss:
     """-Q_step (Eq. 9): one of the T updates that Algorithm 1 makes with a batch, each inferring
     afresh. The gradient also goes through the states before the step."""
-    inference = model.infer(x)  # Eq. 20 to 22
-    kl = level_kl(inference)
-    decoded, paid = rewards(model, x, inference, weigh_kl(kl, beta, free_bits), step, skip, pay)
-    r = torch.stack(decoded) - paid  # Eq. 24
-    return Loss(-q_value(r, gamma).mean(), kl.detach().mean(dim=1))  # Eq. 26
+    inference = model.infer(x)  # Eq. 20 to 23
+    kl = kl_terms(inference, model.order)
+    r = rewards(model, x, inference, weigh_kl(kl, beta, free_bits), step, skip, pay)
+    return Loss(-q_values(r, gamma)[0].mean(), kl.detach().mean(dim=1))
 
 
 def joint_loss(
-    model, x: Tensor, gamma: float, skip="mean", pay="inferred", beta=1.0, free_bits=0.0
+    model: Model, x: Tensor, gamma: float, skip="mean", pay="inferred", beta=1.0, free_bits=0.0
 ) -> Loss:
     """-sum_t Q_t, the whole gradient of Eq. 28 in one update."""
     inference = model.infer(x)
-    kl = level_kl(inference)
-    decoded, paid = rewards(model, x, inference, weigh_kl(kl, beta, free_bits), 0, skip, pay)
-    r = torch.stack(decoded) - paid  # Eq. 24
-    return Loss(-q_value(r, gamma, summed=True).mean(), kl.detach().mean(dim=1))
+    kl = kl_terms(inference, model.order)
+    r = rewards(model, x, inference, weigh_kl(kl, beta, free_bits), skip=skip, pay=pay)
+    return Loss(-q_values(r, gamma).sum(dim=0).mean(), kl.detach().mean(dim=1))
 
 
 def sampled_loss(
-    model, x: Tensor, gamma: float, skip="mean", pay="inferred", beta=1.0, free_bits=0.0
+    model: Model, x: Tensor, gamma: float, skip="mean", pay="inferred", beta=1.0, free_bits=0.0
 ) -> Loss:
     """An unbiased estimate of `joint_loss` at about the price of the ELBO: one path an image.
 
-    x has to be in random order, see `share_paths`. A batch of fewer images than levels takes all
+    x has to be in random order, see `share_images`. A batch of fewer images than levels takes all
     paths.
     """
     if len(x) < model.levels:
         return joint_loss(model, x, gamma, skip, pay, beta, free_bits)
-    steps = [model.order.index(level) for level in range(model.levels)]  # that infer z_1 ... z_L
-    weights = [path_weights(model.levels, gamma)[t] for t in steps]
-    paths = share_paths(len(x), weights)
     inference = model.infer(x)
-    kl = level_kl(inference)
-    weighted = weigh_kl(kl, beta, free_bits)
-    decoded, paid = rewards(model, x, inference, weighted, 0, skip, pay, paths)  # Eq. 24
-    # Eq. 28 is linear in both terms: what is paid is known of every image, and what is decoded is
-    # estimated from the images on each path.
-    log_px = weighted_mean([decoded[t] for t in steps], weights, len(x))
-    return Loss(q_value(paid, gamma, summed=True).mean() - log_px, kl.detach().mean(dim=1))
+    kl = kl_terms(inference, model.order)
+    # Eq. 28 is sum_t w_t r_t. What r_t pays is known of every image; what it decodes is estimated
+    # from the images on its path.
+    weights = path_weights(model.levels, gamma)
+    paid = kl_paid(weigh_kl(kl, beta, free_bits), model.order, pay)
+    log_px = skip_paths(model, x, inference, share_images(len(x), weights), skip)
+    cost = sum(w * kl_t for w, kl_t in zip(weights, paid, strict=True)).mean()
+    return Loss(cost - weighted_mean(log_px, weights, len(x)), kl.detach().mean(dim=1))
 
 
-def share_paths(images: int, weights: Sequence[float]) -> list[slice]:
-    """Which of a batch's images go down from each level, one path an image: in proportion to the
-    weights, at least one image a path. Raises ValueError where there are fewer images than paths.
+def share_images(images: int, weights: Sequence[float]) -> list[slice]:
+    """Which of a batch's images each step decodes, one path an image: in proportion to the weights,
+    at least one image a step. The last step has the first images. Raises ValueError where there are
+    fewer images than steps.
 
     The order of the images decides. It has to be random, as in a shuffled batch: then each image
     has the same chance of each path, and `weighted_mean` is without bias. All shapes are fixed.
@@ -209,31 +253,32 @@ def share_paths(images: int, weights: Sequence[float]) -> list[slice]:
     wanted = [max(0.0, images * w / total - 1) for w in weights]
     shares = [spare * w / sum(wanted) if spare else 0.0 for w in wanted]
     counts = [1 + math.floor(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: math.floor(shares[i]) - shares[i])
-    for i in by_remainder[: images - sum(counts)]:
-        counts[i] += 1
+    last_first = reversed(range(len(shares)))
+    by_remainder = sorted(last_first, key=lambda t: math.floor(shares[t]) - shares[t])
+    for t in by_remainder[: images - sum(counts)]:
+        counts[t] += 1
     ends = itertools.accumulate(counts)
-    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    return [slice(images - end, images - end + n) for end, n in zip(ends, counts, strict=True)]
 
 
 def weighted_mean(values: Sequence[Tensor], weights: Sequence[float], images: int) -> Tensor:
-    """sum_l w_l E[v_l] over a batch, from the values (n_l,) of the images on each path."""
-    pairs = zip(values, weights, strict=True)
-    return sum(w * images / len(v) * v.sum() for v, w in pairs) / images
+    """sum_t w_t E[v_t] over a batch, from the values (n_t,) of the images on each path."""
+    pairs = [*zip(values, weights, strict=True)]
+    return sum(w * images / len(v) * v.sum() for v, w in reversed(pairs)) / images
 
 
-def ivae_loss(model, x: Tensor, skip="mean", sampled=False, beta=1.0, free_bits=0.0) -> Loss:
+def ivae_loss(model: Model, x: Tensor, skip="mean", sampled=False, beta=1.0, free_bits=0.0) -> Loss:
     """Informative hierarchical VAE (Li et al. 2022), Eq. 39: the ELBO whose reconstruction is the
     mean of log p(x|z_l) over the skip paths of all levels.
 
     `sampled` estimates that mean as `sampled_loss` does, by one path an image.
     """
     inference = model.infer(x)
-    kl = level_kl(inference)
+    kl = kl_terms(inference, model.order)
     cost = weigh_kl(kl, beta, free_bits).sum(dim=0).mean()
     if sampled and len(x) >= model.levels:
         even = [1 / model.levels] * model.levels
-        decoded = skip_paths(model, x, inference, share_paths(len(x), even), skip)
+        decoded = skip_paths(model, x, inference, share_images(len(x), even), skip)
         log_px = weighted_mean(decoded, even, len(x))
     else:
         log_px = torch.cat(skip_paths(model, x, inference, [slice(None)] * model.levels, skip))
@@ -244,7 +289,7 @@ def ivae_loss(model, x: Tensor, skip="mean", sampled=False, beta=1.0, free_bits=
 
 
 @torch.no_grad()
-def importance_weighted_bound(model, x: Tensor, samples: int) -> Tensor:
+def importance_weighted_bound(model: Model, x: Tensor, samples: int) -> Tensor:
     """(B,): log (1/K) sum_k p(x, z^k) / q(z^k|x), K = `samples` (Burda et al. 2016), in nats.
 
     A lower bound of log p(x) that is the ELBO at K = 1 and rises to log p(x) with K.

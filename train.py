@@ -6,7 +6,6 @@ python train.py --resume runs/mine
 torchrun --nproc-per-node 2 train.py --arch lvae --rl
 """
 
-import itertools
 import json
 import math
 import os
@@ -48,7 +47,7 @@ def losses(
 ) -> list[Callable[[nn.Module, Tensor], rewards.Loss]]:
     """The losses that a batch is used for, functions of model and x, one optimiser step each."""
     if config["arch"] == "aae":
-        return list(baselines.AAE_LOSSES)
+        return [baselines.aae_loss]
     update, gamma, skip, pay = (config[key] for key in ("update", "gamma", "skip", "pay"))
     kl = dict(beta=beta, free_bits=free_bits)
     if config["rl"] and update == "stepwise":
@@ -66,22 +65,18 @@ def algorithm_1(run: "Run", x: Tensor, beta: float | Tensor, free_bits: float) -
     """The updates by one batch x (B, C, H, W): Algorithm 1's loop over t = 1 ... T.
 
     With `--update stepwise` each step infers afresh and ascends its Q_t, as the paper has it. The
-    other updates are one step for all t. Returns the mean of each loss and of each level's KL.
+    other updates are one step for all t. Returns (updates, 1 + L): the loss and each level's KL.
     """
-    steps = losses(run.config, run.model.levels, beta, free_bits)
-    means = torch.zeros(len(steps) + run.model.levels, device=run.device)
-    for t, (loss, optimizer) in enumerate(zip(steps, itertools.cycle(run.optimizers))):
-        optimizer.zero_grad()
+    made = []
+    for loss in losses(run.config, run.model.levels, beta, free_bits):
+        run.optimizer.zero_grad()
         with torch.autocast(run.device.type, run.dtype, run.dtype != torch.float32):
             value, kl = run.objective(loss, x)
         value.backward()
-        optimizer.step()
+        run.optimizer.step()
         run.updates += 1
-        means[t] += value.detach()
-        means[len(steps) :] += kl * (1 / len(steps))
-    if SIZE > 1:
-        dist.all_reduce(means)
-    return means / SIZE
+        made.append(torch.cat([value.detach()[None], kl]))
+    return torch.stack(made)
 
 
 class Objective(nn.Module):
@@ -119,7 +114,7 @@ def average(decay: float, averaged: list[Tensor], weights: list[Tensor], n: Tens
 class Run:
     """Model, optimisers and where training stands; kept in checkpoint.pt."""
 
-    PLAIN = ("epoch", "batch", "updates", "seconds", "metrics", "made_by")
+    PLAIN = ("epoch", "batch", "seen", "updates", "seconds", "metrics", "made_by")
 
     def __init__(self, config: dict, device: torch.device, data: Data | None = None):
         self.config, self.device, self.folder = config, device, Path(config["out"])
@@ -128,16 +123,14 @@ class Run:
             self.images = [len(data.to_train_on), len(data.test), *data.classes]
         torch.manual_seed(config["seed"])
         self.model = baselines.build(network(config)).to(device)
-        groups = [{"params": list(self.model.parameters()), "lr": config["lr"]}]
-        if config["arch"] == "aae":
-            groups = self.model.phases(config["lr"])
+        groups = self.model.parameter_groups(config["lr"])
         self.rates = [group["lr"] for group in groups]
         self.captured = None
         if device.type == "cuda" and SIZE == 1:
             self.captured = devices.Captured(algorithm_1, device)
             for group in groups:  # the graph reads the rate where it lies
                 group |= {"lr": torch.tensor(group["lr"], device=device), "capturable": True}
-        self.optimizers = [torch.optim.Adam(**group, fused=True) for group in groups]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
         self.averaged = None
         if config["ema"]:
             self.averaged = AveragedModel(self.model, multi_avg_fn=partial(average, config["ema"]))
@@ -145,15 +138,14 @@ class Run:
         self.objective = Objective(self.model)
         if SIZE > 1:
             warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 kernels
-            unused = len(groups) > 1  # each of the AAE's losses leaves some parameters out
-            self.objective = DistributedDataParallel(self.objective, find_unused_parameters=unused)
+            self.objective = DistributedDataParallel(self.objective)
         self.epoch = self.batch = self.updates = 0  # the batch to come; the updates made
         self.seconds = 0.0  # of training, evaluation left out
         self.metrics: list[dict] = []  # a line an epoch
         self.made_by: list[dict] = []  # one of devices.origin for each machine or commit
-        # Since the epoch's start: the number of batches, the sum of each loss, the sums of the KLs.
-        self.steps = len(losses(config, self.model.levels))
-        size = 1 + self.steps + self.model.levels
+        # Since the epoch's start, over images: their number, and the sums of losses and KLs.
+        self.seen, self.steps = 0, len(losses(config, self.model.levels))
+        size = self.steps, 1 + self.model.levels
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         self.seed_others()
 
@@ -168,9 +160,8 @@ class Run:
         return self.model if self.averaged is None else self.averaged.module
 
     def set_rates(self, factor: float) -> None:
-        """Each optimiser's learning rate: its own, times `factor`."""
-        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            group = optimizer.param_groups[0]
+        """The learning rates: each group's own, times `factor`."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * factor)
             else:
@@ -187,7 +178,7 @@ class Run:
             "model_config": self.model.config._asdict(),
             "model": self.model.state_dict(),
             "ema": None if self.averaged is None else self.averaged.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizer": self.optimizer.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "sums": self.sums,
             "images": self.images,
@@ -209,11 +200,11 @@ class Run:
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["ema"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            group = optimizer.param_groups[0]
-            own = {key: group[key] for key in ("lr", "capturable")}  # of this device
-            optimizer.load_state_dict(saved)
-            optimizer.param_groups[0] |= own
+        groups = self.optimizer.param_groups
+        own = [{key: group[key] for key in ("lr", "capturable")} for group in groups]  # as here
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, here in zip(self.optimizer.param_groups, own, strict=True):
+            group |= here
         self.sums.copy_(state["sums"])
         for key in self.PLAIN:
             setattr(self, key, state[key])
@@ -240,10 +231,13 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
             beta, free_bits = kl_weight(config, progress)
             run.set_rates(rate_factor(config, progress))
             x = to_input(images[devices.own_rows(rows)].to(run.device))
-            means = update(run, x, beta, free_bits)
+            made = update(run, x, beta, free_bits)
+            if SIZE > 1:
+                dist.all_reduce(made)
             if run.averaged is not None:
                 run.averaged.update_parameters(run.model)
-            run.sums += torch.cat([torch.ones_like(means[:1]), means])
+            run.sums += made * (len(rows) / SIZE)
+            run.seen += len(rows)
             run.batch += 1
             bar.update()
             last = run.batch == len(batches)
@@ -270,16 +264,16 @@ def check_finite(run: Run, bar: tqdm) -> None:
             f"{run.updates}: try a lower --lr or --dtype float32; {run.folder} keeps the last good "
             "checkpoint"
         )
-    loss = run.sums[1 : 1 + run.steps].mean() / run.sums[0]
+    loss = run.sums[:, 0].mean() / run.seen
     bar.set_postfix(loss=f"{loss.item():.1f}", refresh=False)
 
 
 def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float, bar: tqdm) -> None:
     """Logs the epoch; every --eval-every epochs the first process evaluates."""
-    run.epoch, run.batch = run.epoch + 1, 0
-    means = (run.sums[1:] / run.sums[0]).tolist()
+    means = run.sums / run.seen
+    values, kl = means[:, 0].tolist(), means[:, 1:].mean(dim=0).tolist()
+    run.epoch, run.batch, run.seen = run.epoch + 1, 0, 0
     run.sums.zero_()
-    values, kl = means[: run.steps], means[run.steps :]
     line = {"epoch": run.epoch, "update": run.updates, "seconds": round(run.seconds, 2)}
     line |= {"loss": sum(values) / len(values), "kl": kl, "beta": beta, "free_bits": free_bits}
     if len(values) > 1:
@@ -320,7 +314,7 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
         raise UserError(f"--resume {resume} and --out {flags['out']} name two runs: choose one")
     flags.setdefault("out", defaults(flags)["out"])
     state = evaluate.load_checkpoint(Path(flags["out"]))
-    if "optimizers" not in state:
+    if "optimizer" not in state:
         raise UserError(f"{flags['out']} has weights alone: name a run's folder to go on with")
     for key, value in flags.items():
         if key not in MAY_CHANGE and value != state["config"][key]:
