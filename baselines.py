@@ -28,8 +28,6 @@ from models import (
 )
 from rewards import Inference, Loss, kl_terms, reconstruction, through
 
-ADVERSARY = 10.0  # weight of the AAE's adversary, in nats
-
 
 def build(config: Config) -> Network:
     """The model of a configuration, initialised, on the CPU in float32."""
@@ -156,10 +154,10 @@ class AAE(Hierarchy):
         return Inference([posterior], [self.top_prior()], [z])
 
 
-def aae_loss(model: AAE, x: Tensor) -> Loss:
+def aae_loss(model: AAE, x: Tensor, weight: float = 1.0) -> Loss:
     """The adversarial autoencoder's terms in one loss, whose gradients reach one player each:
 
-    -log p(x|z) - ADVERSARY log D(z)                 the autoencoder, z of x, D as it stands
+    -log p(x|z) - weight log D(z)                    the autoencoder, z of x, D as it stands
     -log D(z of the prior) - log(1 - D(z of x))      the discriminator D, z as it stands
 
     The KL has no part in it and is only reported.
@@ -171,7 +169,7 @@ def aae_loss(model: AAE, x: Tensor) -> Loss:
         full_precision(functional_call(model.discriminator, weights, v))
         for weights, v in ((fixed, z), ({}, prior), ({}, z.detach()))
     )
-    autoencoder = ADVERSARY * F.softplus(-confused) - reconstruction(model, x, inference)
+    autoencoder = weight * F.softplus(-confused) - reconstruction(model, x, inference)
     discriminator = F.softplus(-real) + F.softplus(fake)
     kl = kl_terms(inference, model.order)
     return Loss((autoencoder + discriminator).mean(), kl.detach().mean(dim=1))

@@ -4,6 +4,9 @@ All are timed in one process, in turn: the updates of this repository, made by t
 trains, and Algorithm 1 as it is natural to write it in plain PyTorch.
 """
 
+from devices import keep_freed_memory, origin, pick_device  # before torch: see there
+
+# isort: split
 import itertools
 import json
 import os
@@ -23,7 +26,6 @@ import rewards
 import settings
 import train
 from data import place, shuffled, to_input
-from devices import keep_freed_memory, origin, pick_device
 from files import UserError, one_line
 
 WARM_UP, ROUNDS, SECONDS = 3, 7, 30  # untimed rounds; then at least so many rounds and seconds

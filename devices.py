@@ -1,4 +1,8 @@
-"""Where a run computes: processor or GPU, arithmetic, CUDA graphs, the processes of torchrun."""
+"""Where a run computes: processor or GPU, arithmetic, CUDA graphs, the processes of torchrun.
+
+Commands import this file first: threads wait for one another as the environment says when torch is
+loaded. By default they spin, and beside another process on the same cores they wait for minutes.
+"""
 
 import contextlib
 import ctypes
@@ -9,6 +13,9 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+if not any(name.startswith(("OMP_", "GOMP_")) for name in os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import torch
 import torch.distributed as dist

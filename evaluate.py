@@ -6,6 +6,9 @@ python evaluate.py runs/digits-lvae-rl-0 --mine --probe-of sample
 What is measured is kept in the run's eval.json, which tables.py and figures.py read.
 """
 
+from devices import commit, pick_device, seeded  # before torch: see there
+
+# isort: split
 import json
 import math
 from pathlib import Path
@@ -20,7 +23,6 @@ import mine
 import models
 import rewards
 from data import Data, evenly, in_order, load, place, to_input, to_unit
-from devices import commit, pick_device, seeded
 from files import Parser, UserError, one_line, write_json, writing
 from probe import linear_probe
 

@@ -8,6 +8,9 @@ Figures 6, 7 and the curves need the numbers of a run alone. Figures 1, 2, 5 and
 its folder with the checkpoint, or a file of weights, and the data.
 """
 
+from devices import pick_device, seeded  # before torch: see there
+
+# isort: split
 import itertools
 import math
 from collections.abc import Iterator
@@ -27,7 +30,6 @@ from torchvision.utils import make_grid
 import evaluate
 import tables
 from data import to_unit
-from devices import pick_device, seeded
 from files import Parser, one_line, writing
 from models import Network
 

@@ -223,11 +223,8 @@ def sampled_loss(
 ) -> Loss:
     """An unbiased estimate of `joint_loss` at about the price of the ELBO: one path an image.
 
-    x has to be in random order, see `share_images`. A batch of fewer images than levels takes all
-    paths.
+    x has to be in random order, see `share_images`.
     """
-    if len(x) < model.levels:
-        return joint_loss(model, x, gamma, skip, pay, beta, free_bits)
     inference = model.infer(x)
     kl = kl_terms(inference, model.order)
     # Eq. 28 is sum_t w_t r_t. What r_t pays is known of every image; what it decodes is estimated
@@ -241,14 +238,14 @@ def sampled_loss(
 
 def share_images(images: int, weights: Sequence[float]) -> list[slice]:
     """Which of a batch's images each step decodes, one path an image: in proportion to the weights,
-    at least one image a step. The last step has the first images. Raises ValueError where there are
-    fewer images than steps.
+    at least one image a step. The last step has the first images. Where there are fewer images than
+    steps, each step decodes them all.
 
     The order of the images decides. It has to be random, as in a shuffled batch: then each image
     has the same chance of each path, and `weighted_mean` is without bias. All shapes are fixed.
     """
     if images < len(weights):
-        raise ValueError(f"{images} images cannot be shared among {len(weights)} paths")
+        return [slice(None)] * len(weights)
     spare, total = images - len(weights), sum(weights)
     wanted = [max(0.0, images * w / total - 1) for w in weights]
     shares = [spare * w / sum(wanted) if spare else 0.0 for w in wanted]
@@ -263,8 +260,8 @@ def share_images(images: int, weights: Sequence[float]) -> list[slice]:
 
 def weighted_mean(values: Sequence[Tensor], weights: Sequence[float], images: int) -> Tensor:
     """sum_t w_t E[v_t] over a batch, from the values (n_t,) of the images on each path."""
-    pairs = [*zip(values, weights, strict=True)]
-    return sum(w * images / len(v) * v.sum() for v, w in reversed(pairs)) / images
+    pairs = reversed([*zip(values, weights, strict=True)])
+    return sum(w * images / len(v) * v.sum() for v, w in pairs) / images
 
 
 def ivae_loss(model: Model, x: Tensor, skip="mean", sampled=False, beta=1.0, free_bits=0.0) -> Loss:
@@ -276,13 +273,10 @@ def ivae_loss(model: Model, x: Tensor, skip="mean", sampled=False, beta=1.0, fre
     inference = model.infer(x)
     kl = kl_terms(inference, model.order)
     cost = weigh_kl(kl, beta, free_bits).sum(dim=0).mean()
-    if sampled and len(x) >= model.levels:
-        even = [1 / model.levels] * model.levels
-        decoded = skip_paths(model, x, inference, share_images(len(x), even), skip)
-        log_px = weighted_mean(decoded, even, len(x))
-    else:
-        log_px = torch.cat(skip_paths(model, x, inference, [slice(None)] * model.levels, skip))
-    return Loss(cost - log_px.mean(), kl.detach().mean(dim=1))
+    even = [1 / model.levels] * model.levels
+    images = share_images(len(x), even) if sampled else [slice(None)] * model.levels
+    log_px = skip_paths(model, x, inference, images, skip)
+    return Loss(cost - weighted_mean(log_px, even, len(x)), kl.detach().mean(dim=1))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,6 +11,37 @@ from files import Parser, UserError
 UPDATES = ("stepwise", "joint", "sampled")
 MAY_CHANGE = {"epochs", "data_dir", "device", "eval_every", "probe", "out"}  # on --resume
 
+BASE = dict(  # whatever --size, --dataset and --rl
+    arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", dataset="digits", data_dir="data",
+    image_size=None, unlabelled=False, threshold=False, validation=False, train_images=None,
+    size="small", latents=None, levels=None, channels=None, mean_field=False, warmup=0,
+    free_bits=0.0, free_bits_epochs=None, seed=0, device="auto", dtype="auto", eval_every=0,
+    probe="every",
+)  # fmt: skip
+SMALL = dict(
+    lr=1e-3, update="sampled", batch_size=128, schedule="constant", ema=0.0, pay="inferred"
+)
+BEST = SMALL | dict(schedule="cosine", ema=0.999)
+DEEP = SMALL | dict(pay="own")
+PAPER = SMALL | dict(lr=3e-4, update="joint", epochs=1000)
+RECIPE = dict(warmup=200, free_bits=2.0, free_bits_epochs=400)  # of the paper, by the ELBO
+# Presets of training, by --size and kind of images: for every objective; by RL or IVAE; by the ELBO
+# of a hierarchy. Early on a level's KL costs more than it earns: for about 240 updates as a whole,
+# for about a thousand in single units. So RL and IVAE have a warm-up, of at most half the epochs.
+TRAINING = {
+    ("small", "digits"): (SMALL | dict(epochs=80), dict(warmup=20), {}),
+    ("small", "grey"): (SMALL | dict(epochs=20), dict(warmup=10), {}),
+    ("small", "colour"): (SMALL | dict(epochs=10), dict(warmup=10), {}),
+    ("best", "digits"): (BEST | dict(epochs=80), dict(warmup=20), {}),
+    ("best", "grey"): (BEST | dict(epochs=40), dict(warmup=20), {}),
+    ("best", "colour"): (BEST | dict(epochs=15, batch_size=32, pay="own"), dict(warmup=20), {}),
+    ("deep", "digits"): (DEEP | dict(epochs=80), dict(warmup=20), {}),
+    ("deep", "grey"): (DEEP | dict(epochs=20), dict(warmup=10), {}),
+    ("paper", "digits"): (PAPER, dict(warmup=0), RECIPE),
+    ("paper", "grey"): (PAPER, dict(warmup=0), RECIPE),
+    ("paper", "colour"): (PAPER, dict(warmup=0), RECIPE),
+}
+
 
 def parser() -> Parser:
     # What is not given is absent: `defaults` decides it by --size, --dataset and --rl.
@@ -95,43 +126,24 @@ def parser() -> Parser:
 
 def defaults(given: dict) -> dict:
     """A full configuration: the flags given, the rest by --size, --dataset and --rl."""
-    config = dict(
-        arch="lvae", rl=False, ivae=False, gamma=0.9, skip="mean", pay="inferred", dataset="digits",
-        data_dir="data", image_size=None, unlabelled=False, threshold=False, validation=False,
-        train_images=None, size="small", latents=None, levels=None, channels=None, mean_field=False,
-        batch_size=128, schedule="constant", ema=0.0, warmup=0, free_bits=0.0,
-        free_bits_epochs=None, seed=0, device="auto", dtype="auto", eval_every=0, probe="every",
-    )  # fmt: skip
-    config |= given
-    if config["size"] == "paper":
-        config |= dict(lr=3e-4, update="stepwise" if config["rl"] else "joint", epochs=1000)
-        if config["dataset"] == "tinyimagenet":
-            config["batch_size"] = 64
-        if config["rl"]:
-            config["epochs"] = max(1, round(1000 / len(network(config).latents)))
-        elif not config["ivae"] and config["arch"] not in models.ONE_LEVEL:
-            config |= dict(warmup=200, free_bits=2.0, free_bits_epochs=400)
-    else:
-        digits, colour = config["dataset"] == "digits", SHAPES[config["dataset"]][0] > 1
-        best = config["size"] == "best"
-        short, long = (10, 15) if colour else (80, 80) if digits else (20, 40)
-        config |= dict(lr=1e-3, update="sampled", epochs=long if best else short)
-        if best:
-            config |= dict(schedule="cosine", ema=0.999)
-        if best and colour:
-            config["batch_size"] = 32
-        if (best and colour) or config["size"] == "deep":
-            config["pay"] = "own"
-        if config["rl"] or config["ivae"]:
-            # Early on a level's KL costs more than it earns: for some 240 updates as a whole, for
-            # some thousand in single units. Bottom-up on colour images all levels can collapse.
-            half = max(1, (config | given)["epochs"] // 2)
-            config["warmup"] = min(20 if digits or best else 10, half)
+    config = BASE | given
+    levels, dataset = len(network(config).latents), config["dataset"]
+    kind = "digits" if dataset == "digits" else "colour" if SHAPES[dataset][0] > 1 else "grey"
+    every, by_q, by_elbo = TRAINING[config["size"], kind]
+    config |= every
+    if config["rl"] or config["ivae"]:
+        half = max(1, (config | given)["epochs"] // 2)
+        config |= by_q | {"warmup": min(by_q["warmup"], half)}
+    elif config["arch"] not in models.ONE_LEVEL:
+        config |= by_elbo
+    if config["size"] == "paper" and config["rl"]:  # as many updates
+        config |= dict(update="stepwise", epochs=max(1, round(config["epochs"] / levels)))
+    if config["size"] == "paper" and dataset == "tinyimagenet":
+        config["batch_size"] = 64
     config |= given
     if config["free_bits_epochs"] is None:
         config["free_bits_epochs"] = config["epochs"]
     objective = "-rl" if config["rl"] else "-ivae" if config["ivae"] else ""
-    dataset = config["dataset"]
     if dataset == "folder":  # which one is part of what is trained
         dataset = Path(config["data_dir"]).resolve().name
     name = f"{dataset}-{config['arch']}{objective}-{config['seed']}"
@@ -150,7 +162,6 @@ def network(config: dict) -> models.Config:
 
 def check(config: dict) -> None:
     """UserError for numbers that make no sense, and for objectives that are not defined."""
-    network(config)
     rl, ivae, arch = config["rl"], config["ivae"], config["arch"]
     if rl and ivae:
         raise UserError("--rl and --ivae are two objectives: choose one")

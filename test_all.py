@@ -3,6 +3,9 @@
 Tests of real data look in the folder that DATA_DIR names, and for FashionMNIST in Debian's too.
 """
 
+import devices  # before torch: see there
+
+# isort: split
 import ast
 import glob
 import gzip
@@ -42,14 +45,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import nn
-from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Bernoulli, Independent, MultivariateNormal, Normal, kl_divergence
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import baselines
 import bench
 import data
-import devices
 import evaluate
 import figures
 import files
@@ -62,10 +64,6 @@ import train
 from likelihoods import LogisticMixture
 from models import Inference, gaussian
 from probe import linear_probe
-
-# --------------------------------------------------------------------------------------------------
-# models.py, baselines.py and likelihoods.py
-
 
 torch.set_num_threads(1)  # tiny tensors are slower on several
 ARCHS = ("hvae", "lvae")
@@ -114,6 +112,363 @@ def fixed_noise(monkeypatch):
         return self.loc + self.scale * noise
 
     monkeypatch.setattr(Normal, "rsample", rsample)
+
+
+# --------------------------------------------------------------------------------------------------
+# The equations (rewards.py)
+
+
+def skip_path(model, z: torch.Tensor, level: int, skip: str = "mean") -> torch.Tensor:
+    """What the last layer gives at the end of z_l's path, through one prior after another."""
+    for below in reversed(range(level)):
+        prior = model.prior(below, z)
+        z = prior.mean if skip == "mean" else prior.rsample()
+    return pixel_shuffle(model.to_pixels(model.decoder[0](z).relu()), model.config.patch)
+
+
+def literal(model, x, gamma, skip, pay="inferred", beta=1.0, free_bits=0.0):
+    """As the equations stand, one path and one KL after another: the KLs, the rewards (Eq. 24), and
+    ELBO (Eq. 5, 6), IVAE (Eq. 39), every Q_t (Eq. 26) and their sum (Eq. 28)."""
+    levels = model.levels
+    posteriors, _, z, _ = model.infer(x)
+    log_px, kl, weighed = [], [], []
+    for level, value in enumerate(z):
+        pixels = skip_path(model, value, level, skip).sigmoid()
+        log_px.append((x * pixels.log() + (1 - x) * (1 - pixels).log()).flatten(1).sum(1))
+        q, p = posteriors[level], Normal(torch.zeros_like(value), 1)
+        if level < levels - 1:
+            p = model.prior(level, z[level + 1])
+        var_q, var_p = q.variance, p.variance
+        d = (var_p / var_q).log() + (var_q + (q.mean - p.mean) ** 2) / var_p - 1
+        if model.config.arch == "hvae" and level < levels - 1:  # z_{l+1} is inferred from z_l
+            squares = (value - p.mean) ** 2 / var_p - (value - q.mean) ** 2 / var_q
+            d = (var_p / var_q).log() + squares  # log q - log p, twice
+        d = d / 2
+        kl.append(d.flatten(1).sum(1))
+        free = kl[level].mean() < free_bits
+        weighed.append(beta * (torch.full_like(kl[level], free_bits) if free else kl[level]))
+    order = range(levels) if model.config.arch == "hvae" else range(levels)[::-1]
+    inferred = [sum(weighed[s] for s in order[: i + 1]) for i in range(levels)]
+    paid = [weighed[k] for k in order] if pay == "own" else inferred
+    r = [log_px[k] - cost for k, cost in zip(order, paid, strict=True)]
+    q_values = [sum(gamma ** (i - t) * r[i] for i in range(t, levels)) for t in range(levels)]
+    cost = sum(weighed)
+    return kl, r, [log_px[0] - cost, sum(log_px) / levels - cost, *q_values, sum(q_values)]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("levels", [1, 2, 5])
+@pytest.mark.parametrize("skip", ["mean", "sample"])
+@pytest.mark.parametrize("pay", ["inferred", "own"])
+@pytest.mark.parametrize("gamma, weights", [(0.0, (1, 0)), (0.9, (1, 0)), (1.0, (0.5, 0.2))])
+def test_losses_are_the_literal_ones(arch, levels, skip, pay, gamma, weights, fixed_noise):
+    """Values, all gradients and the KL reported; of the rewards each image's own."""
+    model, x, terms = tiny(arch, levels), images(3), (gamma, skip, pay, *weights)
+    parameters = list(model.parameters())
+    losses = [
+        rewards.elbo_loss(model, x, *weights),
+        rewards.ivae_loss(model, x, skip, False, *weights),
+        *(rewards.stepwise_loss(model, x, t, *terms) for t in range(levels)),
+        rewards.joint_loss(model, x, *terms),
+    ]
+    kl, r, values = literal(model, x, *terms)
+    for loss, value in zip(losses, values, strict=True):
+        assert_same(loss.value, -value.mean())
+        assert_same(gradient(loss.value, parameters), gradient(-value.mean(), parameters))
+        assert_same(loss.kl, torch.stack(kl).detach().mean(dim=1))
+    inference = model.infer(x)
+    kl = rewards.weigh_kl(rewards.kl_terms(inference, model.order), *weights)
+    whole = rewards.rewards(model, x, inference, kl, skip=skip, pay=pay)
+    assert_same(whole, torch.stack(r))
+    assert_same(rewards.rewards(model, x, inference, kl, levels - 1, skip, pay), whole[-1:])
+    assert_same(rewards.q_values(whole, gamma), torch.stack(values[2:-1]))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("n, levels, gamma", [(2, 1, 0.9), (4, 3, 0.5), (4, 2, 1.0), (3, 3, 0.0)])
+@pytest.mark.parametrize("pay", ["inferred", "own", "ivae"])
+def test_sampled_is_unbiased(arch, n, levels, gamma, pay, fixed_noise):
+    """In the mean over all orders of the batch. Fewer images than paths take every path."""
+    model, x, terms = tiny(arch, levels), images(n), dict(beta=0.5, free_bits=0.2)
+    parameters = list(model.parameters())
+    if pay == "ivae":
+        whole, sampled = rewards.ivae_loss, partial(rewards.ivae_loss, sampled=True)
+    else:
+        whole, sampled = rewards.joint_loss, rewards.sampled_loss
+        terms |= dict(gamma=gamma, pay=pay)
+    losses = [sampled(model, x[list(p)], **terms) for p in itertools.permutations(range(n))]
+    values, expected = torch.stack([loss.value for loss in losses]), whole(model, x, **terms)
+    assert levels == 1 or values.std() > 1e-3  # the estimate does depend on the order
+    assert_same(values.mean(), expected.value)
+    assert_same(gradient(values.mean(), parameters), gradient(expected.value, parameters))
+    assert_same(losses[-1].kl, expected.kl)
+    few = x[: max(1, levels - 1)]
+    assert_same(sampled(model, few, **terms).value, whole(model, few, **terms).value)
+
+
+def test_sampled_by_hand(fixed_noise):
+    """Each image's one path, and the KL of all images; 7 shared by the weights 1, 1.5, 1.75."""
+    model, x = tiny("lvae", 3), images(7)
+    paths = [(1, 5, 7), (1.5, 3, 5), (1.75, 0, 3)]  # weight, first image, end; by step
+    kl, r, _ = literal(model, x, 0.5, "mean")
+    paid = torch.stack(kl[::-1]).cumsum(dim=0)
+    log_px = torch.stack(r) + paid
+    value = sum(w * (paid[t].mean() - log_px[t, a:b].mean()) for t, (w, a, b) in enumerate(paths))
+    assert_same(rewards.sampled_loss(model, x, 0.5).value, value)
+
+
+def test_steps_share_the_images():
+    for gamma, levels in itertools.product((0.0, 0.5, 0.9, 0.98, 1.0), (1, 2, 5, 10)):
+        weights = rewards.path_weights(levels, gamma)
+        for n in (levels, levels + 1, 93, 128):
+            paths = rewards.share_images(n, weights)
+            counts = [len(range(n)[path]) for path in paths]
+            assert [i for path in paths[::-1] for i in range(n)[path]] == list(range(n))
+            assert min(counts) >= 1
+            share = [n * w / sum(weights) for w in weights]
+            assert n < 128 or counts == pytest.approx(share, abs=1.5)
+    assert rewards.share_images(4, [1.0] * 5) == [slice(None)] * 5
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("loss", "args"),
+    [("stepwise", [1, 0.9, "sample"]), ("joint", [0.9, "sample"]), ("sampled", [0.9])],
+)
+def test_gradients_against_finite_differences(arch, loss, args, fixed_noise):
+    model, x, values, step = tiny(arch, 3), images(6), [], 1e-6
+    call = partial(getattr(rewards, f"{loss}_loss"), model, x, *args)
+    start = parameters_to_vector(model.parameters()).detach()
+    direction = torch.randn_like(start)
+    along = gradient(call().value, model.parameters()) @ direction
+    for shift in (step, -step):
+        vector_to_parameters(start + shift * direction, model.parameters())
+        values.append(call().value.item())
+    assert along.item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+
+
+class LinearGaussian(nn.Module):
+    """A model of one's own, x (B, 1): p(x|z_1), p(z_l|z_{l+1}) and q are linear and Gaussian."""
+
+    NOISE = 0.5  # standard deviation of x given z_1 and of z_l given z_{l+1}
+
+    def __init__(self, order: tuple[int, ...]):
+        super().__init__()
+        self.levels, self.order = len(order), order
+        # From z_l to the mean of what is below, and from what step t sees to the posterior's mean.
+        self.down = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in order)
+        self.up = nn.ModuleList(nn.Linear(1 + (t > 0), 1) for t in range(len(order)))
+        self.log_scale = nn.Parameter(torch.zeros(len(order)))
+
+    def infer(self, x):
+        posteriors, latents = [None] * self.levels, [None] * self.levels
+        given = x  # and from the second step on the sample of the step before
+        for t, level in enumerate(self.order):
+            posteriors[level] = gaussian(self.up[t](given), self.log_scale[t].exp())
+            latents[level] = posteriors[level].rsample()
+            given = torch.cat([x, latents[level]], dim=1)
+        priors = [self.prior(level, z) for level, z in enumerate(latents[1:])]
+        return Inference(posteriors, [*priors, gaussian(0 * x[:1], 0 * x[:1] + 1)], latents)
+
+    def prior(self, level, z):
+        return gaussian(self.down[level + 1](z), torch.full_like(z, self.NOISE))
+
+    def decode(self, z):
+        return gaussian(self.down[0](z), torch.full_like(z, self.NOISE))
+
+
+@torch.no_grad()
+def exact_posterior(model: LinearGaussian, off: float = 0.0) -> torch.Tensor:
+    """Sets q to the posterior, or to one shifted and too wide; returns the variance of x. From the
+    covariance of (x, z_1, ..., z_L) = A (x, z_1, ..., z_L) + noise."""
+    weights = 0.8 + 0.2 * torch.arange(model.levels, dtype=torch.float64)
+    for layer, weight in zip(model.down, weights, strict=True):
+        layer.weight.fill_(weight)
+    noise = torch.tensor([model.NOISE**2] * model.levels + [1.0], dtype=torch.float64)
+    spread = (torch.eye(model.levels + 1) - weights.diag(1)).inverse()
+    cov, given = spread @ noise.diag() @ spread.T, [0]
+    for t, level in enumerate(model.order):
+        weight = torch.linalg.solve(cov[given][:, given], cov[given, level + 1])
+        variance = cov[level + 1, level + 1] - weight @ cov[given, level + 1]
+        model.up[t].weight.copy_(weight[None])
+        model.up[t].bias.fill_(off)
+        model.log_scale[t] = 0.5 * (variance + off).log()
+        given = [0, level + 1]
+    return cov[0, 0]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_kl_terms_sum_to_the_kl_of_all_latents(order):
+    """q(z_1 ... z_L|x) and p(z_1 ... z_L) of a linear-Gaussian model are Gaussians, too: z is
+    W z + u + noise. Bottom-up the closed form of each level misses their KL."""
+    model, x = LinearGaussian(order).double(), torch.full((400_000, 1), 1.3, dtype=torch.float64)
+    exact_posterior(model, off=0.3)
+    w_q, w_p, cov_q = torch.zeros(3, 3, 3, dtype=torch.float64)
+    u = torch.zeros(3, dtype=torch.float64)
+    with torch.no_grad():
+        for t, level in enumerate(order):
+            weight = model.up[t].weight[0]
+            u[level] = weight[0] * 1.3 + model.up[t].bias[0]
+            cov_q[level, level] = model.log_scale[t].exp() ** 2
+            if t > 0:
+                w_q[level, order[t - 1]] = weight[1]
+        for level in range(2):
+            w_p[level, level + 1] = model.down[level + 1].weight
+        inference = model.infer(x)
+        kl = rewards.kl_terms(inference, order).sum(dim=0)
+        pairs = zip(inference.posteriors, inference.priors, strict=True)
+        closed = sum(kl_divergence(q, p) for q, p in pairs).mean()
+    cov_p = torch.tensor([model.NOISE**2, model.NOISE**2, 1.0], dtype=torch.float64).diag()
+    q, p = (
+        MultivariateNormal(inverse @ mean, inverse @ cov @ inverse.T)
+        for mean, w, cov in ((u, w_q, cov_q), (0 * u, w_p, cov_p))
+        for inverse in [(torch.eye(3) - w).inverse()]
+    )
+    exact, error = kl_divergence(q, p).item(), kl.std().item() / len(kl) ** 0.5
+    assert kl.mean().item() == pytest.approx(exact, abs=4 * error) and 4 * error < 0.02
+    assert (abs(closed.item() - exact) > 0.2) == (order[0] == 0)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_importance_weighted_bound_against_the_exact_likelihood(order):
+    """With the exact posterior every weight is p(x), whatever the sample."""
+    model, x = LinearGaussian(order).double(), torch.randn(500, 1, dtype=torch.float64)
+    evidence = Normal(0 * x, exact_posterior(model).sqrt()).log_prob(x).squeeze(1)
+    assert_same(rewards.importance_weighted_bound(model, x, 7), evidence)
+    exact_posterior(model, off=0.3)
+    samples, truth = (1, 5, 50, 3000), evidence.mean().item()
+    bounds = [rewards.importance_weighted_bound(model, x, k).mean() for k in samples]
+    assert bounds[0] < bounds[1] - 0.05 < bounds[2] - 0.05 < truth
+    assert bounds[3] == pytest.approx(truth, abs=0.01)
+
+
+def exact_q_values(model: LinearGaussian, x, gamma, skip):
+    """E[sum_t Q_t]. It is quadratic in the posteriors' noise: -1 and 1 have the same mean. A level
+    whose prior is given a sample that is inferred later pays log q - log p of its own sample."""
+    c, scales, total = model.NOISE**2, model.log_scale.exp(), 0
+    for noise in itertools.product([-1.0, 1.0], repeat=model.levels):
+        mean, z, given, paid = {}, {}, x, 0
+        for t, level in enumerate(model.order):
+            mean[level] = model.up[t](given)
+            z[level] = mean[level] + scales[t] * noise[t]
+            given = torch.cat([x, z[level]], dim=1)
+        for t, level in enumerate(model.order):
+            top, s = level == model.levels - 1, scales[t] ** 2
+            p, v = (0, 1) if top else (model.down[level + 1](z[level + 1]), c)
+            if top or model.order[0] > 0:
+                paid = paid + 0.5 * ((s + (mean[level] - p) ** 2) / v - 1 - (s / v).log())
+            else:
+                paid = paid + 0.5 * ((z[level] - p) ** 2 / v - noise[t] ** 2 - (s / v).log())
+            value, variance = z[level], 0  # of the mean of what is below
+            for below in range(level, -1, -1):
+                w = model.down[below].weight
+                value, variance = w * value, w**2 * variance + c * (skip == "sample" and below > 0)
+            log_px = -((x - value) ** 2 + variance) / (2 * c) - 0.5 * math.log(2 * math.pi * c)
+            total = total + sum(gamma**i for i in range(t + 1)) * (log_px - paid)
+    return total.mean() / 2**model.levels
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+@pytest.mark.parametrize("skip", ["mean", "sample"])
+def test_losses_of_a_model_of_ones_own(order, skip):
+    """In the mean all three are the exact Q-values, and so are their gradients."""
+    model, x = LinearGaussian(order).double(), 1.5 * torch.randn(64, 1, dtype=torch.float64)
+    value = -exact_q_values(model, x, 0.9, skip)
+    exact = gradient(value, model.parameters())
+    many = x.repeat(4000, 1)[torch.randperm(64 * 4000)]  # 4000 samples of each x
+    for estimate in (
+        rewards.joint_loss(model, many, 0.9, skip).value,
+        rewards.sampled_loss(model, many, 0.9, skip).value,
+        sum(rewards.stepwise_loss(model, many, t, 0.9, skip).value for t in range(3)),
+    ):
+        assert estimate.item() == pytest.approx(value.item(), rel=0.005)
+        assert (gradient(estimate, model.parameters()) - exact).norm() < 0.03 * exact.norm()
+
+
+def test_adversarial_loss_by_hand():
+    """D(z) = sigmoid(discriminator(z)). Each term moves its own part. Drawn next is the prior."""
+    run = train.Run(settings.defaults({"arch": "aae", "channels": 4}), torch.device("cpu"))
+    model, x = run.model.double(), images(4, 28)
+    (loss,) = train.losses(run.config, 1)
+    torch.manual_seed(8)
+    value, kl = loss(model, x)
+    torch.manual_seed(8)
+    inference = model.infer(x)
+    z = inference.latents[0]
+    assert_same(kl, kl_divergence(inference.posteriors[0], inference.priors[0]).mean()[None])
+    prior = torch.randn(4, 8, dtype=torch.float64)
+    d_prior, d_z = (torch.sigmoid(model.discriminator(v)) for v in (prior, z))
+    p = skip_path(model, z, 0).sigmoid()
+    log_px = (x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1).mean()
+    autoencoder = -log_px - d_z.log().mean()
+    adversary = -(d_prior.log() + (1 - d_z).log()).mean()
+    assert_same(value, autoencoder + adversary)
+    ours = list(model.discriminator.parameters())
+    rest = [p for p in model.parameters() if all(p is not q for q in ours)]
+    for group, parameters, term in zip(
+        run.optimizer.param_groups, (rest, ours), (autoencoder, adversary), strict=True
+    ):
+        assert set(group["params"]) == set(parameters)
+        assert_same(gradient(value, parameters), gradient(term, parameters))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("skip", ["mean", "sample"])
+def test_one_descent_equals_paths_one_by_one(arch, skip, fixed_noise):
+    """Of the steps asked for, in their order, each of its own images. And Markov: nothing above a
+    level reaches the pixels. `sample` goes down from N(0, I)."""
+    model, x = tiny(arch, 5), images(3)
+    z = latent_values(model.latent_shapes)
+    priors = [model.prior(level, z[level + 1]) for level in range(4)]
+    rows = {0: slice(0, 2), 2: slice(None), 3: slice(2, 3), 4: slice(1, 3)}  # none of level 1
+    asked = [rows.get(level) for level in model.order]
+    log_px = rewards.skip_paths(model, x, Inference([], priors, z), asked, skip)
+    for level, value in zip([k for k in model.order if k != 1], log_px, strict=True):
+        logits = skip_path(model, z[level][rows[level]], level, skip)
+        by_itself = Bernoulli(logits=logits).log_prob(x[rows[level]]).flatten(1).sum(1)
+        assert_same(value, by_itself)
+    for level in range(5):  # `generate` takes the lowest level given
+        pixels = model.generate([None] * level + z[level:], skip).mean
+        assert_same(pixels, skip_path(model, z[level], level, skip).sigmoid())
+        assert moves(pixels, z) == [k == level for k in range(5)]
+    with torch.random.fork_rng():  # what follows is drawn again
+        pixels = model.sample(7).mean
+    top = torch.randn(7, 2, dtype=torch.float64)
+    assert_same(pixels, skip_path(model, top, 4, "sample").sigmoid())
+
+
+class Broad(LinearGaussian):
+    """Its distributions have no event dimension: log_prob is (B, D) in place of (B,)."""
+
+    def __init__(self, order, parts):
+        super().__init__(order)
+        self.parts = parts
+
+    def infer(self, x):
+        inference = super().infer(x)
+        bare = {name: [d.base_dist for d in getattr(inference, name)] for name in self.parts[:2]}
+        return inference._replace(**bare) if len(bare) == 2 else inference
+
+    def decode(self, z):
+        return super().decode(z).base_dist
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+@pytest.mark.parametrize("parts", [("posteriors", "priors"), ()])
+def test_values_that_are_not_one_an_image_are_refused(order, parts):
+    model, x = Broad(order, parts).double(), torch.randn(8, 1, dtype=torch.float64)
+    q = dict(gamma=0.9)
+    for loss in (
+        rewards.elbo_loss, rewards.ivae_loss, partial(rewards.stepwise_loss, step=1, **q),
+        partial(rewards.joint_loss, **q), partial(rewards.sampled_loss, **q),
+        partial(rewards.importance_weighted_bound, samples=2),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"one number an image, as of .*Independent"):
+            loss(model, x)
+
+
+# --------------------------------------------------------------------------------------------------
+# models.py, baselines.py and likelihoods.py
 
 
 @pytest.mark.parametrize(
@@ -167,7 +522,7 @@ def test_presets(arch, mean_field):
             assert models.configure(arch, "best", image) == small._replace(latents=wide)
     assert models.configure(arch, "best") == small._replace(channels=64)
     ten = models.configure(arch, levels=10)
-    assert models.configure(arch, "deep") == ten._replace(keep_scale=True)
+    assert models.configure(arch, "deep") == ten._replace(he_init=True)
     assert models.configure(arch, latents="4c, 2").latents == ("4c", "2")
     assert models.configure("vae").latents == ("8",)
     deep = models.configure(arch, "paper", (3, 64, 64), levels=7)
@@ -202,14 +557,6 @@ def latent_values(shapes: list[tuple]) -> list[torch.Tensor]:
     return [torch.randn(3, *s, dtype=torch.float64).requires_grad_() for s in shapes]
 
 
-def skip_path(model, z: torch.Tensor, level: int, skip: str = "mean") -> torch.Tensor:
-    """What the last layer gives at the end of z_l's path, through one prior after another."""
-    for below in reversed(range(level)):
-        prior = model.top_down(below, z)[1]
-        z = prior.mean if skip == "mean" else prior.rsample()
-    return pixel_shuffle(model.to_pixels(model.decoder[0](z).relu()), model.config.patch)
-
-
 @pytest.mark.parametrize(("arch", "neighbour"), [("hvae", -1), ("lvae", 1), ("lvae", None)])
 def test_what_each_level_is_conditioned_on(arch, neighbour):
     """Eq. 1: q(z_l|z_{l-1}, x), Eq. 2: q(z_l|z_{l+1}, x), mean field: q(z_l|x). p(z_l|z_{l+1})."""
@@ -223,25 +570,6 @@ def test_what_each_level_is_conditioned_on(arch, neighbour):
         for name in ("mean", "stddev"):
             assert moves(getattr(q, name), [x, *z]) == [True, *others]
             assert moves(getattr(p, name), [x, *z]) == [False, *(k == level + 1 for k in range(5))]
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("skip", ["mean", "sample"])
-def test_one_descent_equals_paths_one_by_one(arch, skip, fixed_noise):
-    """And Markov: nothing above a level reaches the pixels. `sample` goes down from N(0, I)."""
-    model = tiny(arch, 5)
-    z = latent_values(model.latent_shapes)
-    starts = [z[0][:2], None, z[2], z[3][:1], z[4][:2]]
-    one_by_one = [skip_path(model, starts[k], k, skip) for k in (0, 2, 3, 4)]
-    assert_same(model.decode(starts, skip).mean, torch.cat(one_by_one).sigmoid())
-    for level in range(5):  # `generate` takes the lowest level given
-        pixels = model.generate([None] * level + z[level:], skip).mean
-        assert_same(pixels, skip_path(model, z[level], level, skip).sigmoid())
-        assert moves(pixels, z) == [k == level for k in range(5)]
-    with torch.random.fork_rng():  # what follows is drawn again
-        pixels = model.sample(7).mean
-    top = torch.randn(7, 2, dtype=torch.float64)
-    assert_same(pixels, skip_path(model, top, 4, "sample").sigmoid())
 
 
 @pytest.mark.parametrize(("arch", "levels"), [("hvae", 3), ("lvae", 3), ("biva", 3), ("aae", 1)])
@@ -265,7 +593,7 @@ def test_initial_skip_paths_keep_their_scale(arch):
         for level in (0, 9):
             z = torch.randn(200, *model.latent_shapes[level])
             with torch.no_grad():
-                x = model.decode([z if k == level else None for k in range(10)]).mean
+                x = model.generate([None] * level + [z]).mean
             moved.append(x.std(dim=0).mean())
         ratio[size] = moved[1] / moved[0]
     assert ratio["small"] < 1e-5 and 0.3 < ratio["deep"] < 3
@@ -315,7 +643,8 @@ def test_biva_generates_what_it_infers(fixed_noise):
         by_skip = model.generate([z[0], None, z[2]], skip).mean
         assert_same(by_skip, model.generate([z[0], z_2, z[2]]).mean)
         assert (model.generate([None, *z[1:]], skip).mean - pixels.mean).abs().max() > 1e-6
-    elbo = pixels.log_prob(x) - rewards.level_kl(inference).sum(dim=0)
+    pairs = zip(inference.posteriors, priors, strict=True)
+    elbo = pixels.log_prob(x) - sum(kl_divergence(q, p) for q, p in pairs)
     assert_same(rewards.elbo_loss(model, x).value, -elbo.mean())
 
 
@@ -323,11 +652,11 @@ def test_half_precision_never_reaches_likelihoods():
     model, x = tiny("lvae", 3, torch.float32), images(4, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         inference = model.infer(x)
-        decoded, paid = rewards.rewards(model, x, inference, rewards.level_kl(inference))
+        r = rewards.rewards(model, x, inference, rewards.kl_terms(inference, model.order))
         means = [d.mean for d in inference.posteriors + inference.priors]
         logits = model.generate(inference.latents).base_dist.logits
         losses = [f(model, x, 0.9).value for f in (rewards.joint_loss, rewards.sampled_loss)]
-    assert all(v.dtype == torch.float32 for v in (*decoded, paid, *losses, *means, logits))
+    assert all(v.dtype == torch.float32 for v in (r, *losses, *means, logits))
 
 
 def random_raw(channels: int, n: int, side: int = 1, dtype=torch.float32) -> torch.Tensor:
@@ -450,268 +779,7 @@ def test_mean_of_the_mixture():
 
 
 # --------------------------------------------------------------------------------------------------
-# rewards.py, evaluate.py and mine.py
-
-
-def literal(model, x, gamma, skip, pay="inferred", beta=1.0, free_bits=0.0):
-    """As the equations stand, one path and one KL after another: the KLs, the rewards (Eq. 24), and
-    ELBO (Eq. 5, 6), IVAE (Eq. 39), every Q_t (Eq. 26) and their sum (Eq. 28)."""
-    levels = model.levels
-    posteriors, _, z, _ = model.infer(x)
-    log_px, kl, weighed = [], [], []
-    for level, value in enumerate(z):
-        pixels = skip_path(model, value, level, skip).sigmoid()
-        log_px.append((x * pixels.log() + (1 - x) * (1 - pixels).log()).flatten(1).sum(1))
-        q, p = posteriors[level], Normal(torch.zeros_like(value), 1)
-        if level < levels - 1:
-            p = model.top_down(level, z[level + 1])[1]
-        var_q, var_p = q.variance, p.variance
-        d = ((var_p / var_q).log() + (var_q + (q.mean - p.mean) ** 2) / var_p - 1) / 2
-        kl.append(d.flatten(1).sum(1))
-        free = kl[level].mean() < free_bits
-        weighed.append(beta * (torch.full_like(kl[level], free_bits) if free else kl[level]))
-    order = range(levels) if model.config.arch == "hvae" else range(levels)[::-1]
-    inferred = [sum(weighed[s] for s in order[: i + 1]) for i in range(levels)]
-    paid = [weighed[k] for k in order] if pay == "own" else inferred
-    r = [log_px[k] - cost for k, cost in zip(order, paid, strict=True)]
-    q_values = [sum(gamma ** (i - t) * r[i] for i in range(t, levels)) for t in range(levels)]
-    cost = sum(weighed)
-    return kl, r, [log_px[0] - cost, sum(log_px) / levels - cost, *q_values, sum(q_values)]
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("levels", [1, 2, 5])
-@pytest.mark.parametrize("skip", ["mean", "sample"])
-@pytest.mark.parametrize("pay", ["inferred", "own"])
-@pytest.mark.parametrize("gamma, weights", [(0.0, (1, 0)), (0.9, (1, 0)), (1.0, (0.5, 0.2))])
-def test_losses_are_the_literal_ones(arch, levels, skip, pay, gamma, weights, fixed_noise):
-    """Values, all gradients and the KL reported; of the rewards each image's own."""
-    model, x, terms = tiny(arch, levels), images(3), (gamma, skip, pay, *weights)
-    parameters = list(model.parameters())
-    losses = [
-        rewards.elbo_loss(model, x, *weights),
-        rewards.ivae_loss(model, x, skip, False, *weights),
-        *(rewards.stepwise_loss(model, x, t, *terms) for t in range(levels)),
-        rewards.joint_loss(model, x, *terms),
-    ]
-    kl, r, values = literal(model, x, *terms)
-    for loss, value in zip(losses, values, strict=True):
-        assert_same(loss.value, -value.mean())
-        assert_same(gradient(loss.value, parameters), gradient(-value.mean(), parameters))
-        assert_same(loss.kl, torch.stack(kl).detach().mean(dim=1))
-    inference = model.infer(x)
-    kl = rewards.weigh_kl(rewards.level_kl(inference), *weights)
-    decoded, paid = rewards.rewards(model, x, inference, kl, 0, skip, pay)
-    assert_same(torch.stack(decoded) - paid, torch.stack(r))
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("n, levels, gamma", [(2, 1, 0.9), (4, 3, 0.5), (4, 2, 1.0), (3, 3, 0.0)])
-@pytest.mark.parametrize("pay", ["inferred", "own", "ivae"])
-def test_sampled_is_unbiased(arch, n, levels, gamma, pay, fixed_noise):
-    """In the mean over all orders of the batch. Fewer images than paths take every path."""
-    model, x, terms = tiny(arch, levels), images(n), dict(beta=0.5, free_bits=0.2)
-    parameters = list(model.parameters())
-    if pay == "ivae":
-        whole, sampled = rewards.ivae_loss, partial(rewards.ivae_loss, sampled=True)
-    else:
-        whole, sampled = rewards.joint_loss, rewards.sampled_loss
-        terms |= dict(gamma=gamma, pay=pay)
-    losses = [sampled(model, x[list(p)], **terms) for p in itertools.permutations(range(n))]
-    values, expected = torch.stack([loss.value for loss in losses]), whole(model, x, **terms)
-    assert levels == 1 or values.std() > 1e-3  # the estimate does depend on the order
-    assert_same(values.mean(), expected.value)
-    assert_same(gradient(values.mean(), parameters), gradient(expected.value, parameters))
-    assert_same(losses[-1].kl, expected.kl)
-    few = x[: max(1, levels - 1)]
-    assert_same(sampled(model, few, **terms).value, whole(model, few, **terms).value)
-
-
-def test_sampled_by_hand(fixed_noise):
-    """Each image's one path, and the KL of all images; 7 shared by the weights 1, 1.5, 1.75."""
-    model, x = tiny("lvae", 3), images(7)
-    paths = [(1, 5, 7), (1.5, 3, 5), (1.75, 0, 3)]  # weight, first image, end; by step
-    kl, r, _ = literal(model, x, 0.5, "mean")
-    paid = torch.stack(kl[::-1]).cumsum(dim=0)
-    log_px = torch.stack(r) + paid
-    value = sum(w * (paid[t].mean() - log_px[t, a:b].mean()) for t, (w, a, b) in enumerate(paths))
-    assert_same(rewards.sampled_loss(model, x, 0.5).value, value)
-
-
-def test_paths_share_the_images():
-    for gamma, levels in itertools.product((0.0, 0.5, 0.9, 0.98, 1.0), (1, 2, 5, 10)):
-        weights = rewards.path_weights(levels, gamma)
-        for n in (levels, levels + 1, 93, 128):
-            paths = rewards.share_paths(n, weights)
-            counts = [len(range(n)[path]) for path in paths]
-            assert [i for path in paths for i in range(n)[path]] == list(range(n))
-            assert min(counts) >= 1
-            share = [n * w / sum(weights) for w in weights]
-            assert n < 128 or counts == pytest.approx(share, abs=1.5)
-    with pytest.raises(ValueError, match="4 images cannot be shared among 5 paths"):
-        rewards.share_paths(4, [1.0] * 5)
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(
-    ("loss", "args"),
-    [("stepwise", [1, 0.9, "sample"]), ("joint", [0.9, "sample"]), ("sampled", [0.9])],
-)
-def test_gradients_against_finite_differences(arch, loss, args, fixed_noise):
-    model, x, values, step = tiny(arch, 3), images(6), [], 1e-6
-    call = partial(getattr(rewards, f"{loss}_loss"), model, x, *args)
-    start = parameters_to_vector(model.parameters()).detach()
-    direction = torch.randn_like(start)
-    along = gradient(call().value, model.parameters()) @ direction
-    for shift in (step, -step):
-        vector_to_parameters(start + shift * direction, model.parameters())
-        values.append(call().value.item())
-    assert along.item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
-
-
-@pytest.mark.parametrize("a", [0.5, 0, -0.5])
-def test_kl_given_a_sample_that_was_inferred_from_the_level(a):
-    """q(z_1) = N(0, 1), z_2 = a z_1 + noise, p(z_1|z_2) = N(z_2, 1): the mean of the KLs lies above
-    that of log q(z_1) / p(z_1|z_2) by a, the covariance of z_1 and its prior's mean."""
-    z1 = torch.randn(400_000, 1, dtype=torch.float64)
-    z2 = a * z1 + 0.5 * torch.randn_like(z1)
-    one = Inference([gaussian(0 * z1, z1**0)], [gaussian(z2, z1**0)], [z1])
-    missed = rewards.level_kl(one)[0].mean() - rewards.log_ratios(one)[0].mean()
-    assert missed.item() == pytest.approx(a, abs=0.01)
-
-
-class LinearGaussian(nn.Module):
-    """A model of one's own, x (B, 1): p(x|z_1), p(z_l|z_{l+1}) and q are linear and Gaussian."""
-
-    NOISE = 0.5  # standard deviation of x given z_1 and of z_l given z_{l+1}
-
-    def __init__(self, order: tuple[int, ...]):
-        super().__init__()
-        self.levels, self.order = len(order), order
-        # From z_l to the mean of what is below, and from what step t sees to the posterior's mean.
-        self.down = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in order)
-        self.up = nn.ModuleList(nn.Linear(1 + (t > 0), 1) for t in range(len(order)))
-        self.log_scale = nn.Parameter(torch.zeros(len(order)))
-
-    def infer(self, x):
-        posteriors, latents = [None] * self.levels, [None] * self.levels
-        given = x  # and from the second step on the sample of the step before
-        for t, level in enumerate(self.order):
-            posteriors[level] = gaussian(self.up[t](given), self.log_scale[t].exp())
-            latents[level] = posteriors[level].rsample()
-            given = torch.cat([x, latents[level]], dim=1)
-        priors = [self.below(level, latents[level]) for level in range(1, self.levels)]
-        return Inference(posteriors, [*priors, gaussian(0 * x[:1], 0 * x[:1] + 1)], latents)
-
-    def decode(self, starts, skip="mean"):
-        rows = torch.zeros(0, 1, dtype=torch.float64)
-        for level in reversed(range(self.levels)):
-            if starts[level] is not None:  # lower levels' rows come first
-                rows = torch.cat([starts[level], rows])
-            if level > 0:
-                rows = rewards.through(self.below(level, rows), skip)
-        return self.below(0, rows)
-
-    def below(self, level, z):
-        """p(x|z_1) for level 0, else p(z_l|z_{l+1})."""
-        return gaussian(self.down[level](z), torch.full_like(z, self.NOISE))
-
-
-@torch.no_grad()
-def exact_posterior(model: LinearGaussian, off: float = 0.0) -> torch.Tensor:
-    """Sets q to the posterior, or to one shifted and too wide; returns the variance of x. From the
-    covariance of (x, z_1, ..., z_L) = A (x, z_1, ..., z_L) + noise."""
-    weights = 0.8 + 0.2 * torch.arange(model.levels, dtype=torch.float64)
-    for layer, weight in zip(model.down, weights, strict=True):
-        layer.weight.fill_(weight)
-    noise = torch.tensor([model.NOISE**2] * model.levels + [1.0], dtype=torch.float64)
-    spread = (torch.eye(model.levels + 1) - weights.diag(1)).inverse()
-    cov, given = spread @ noise.diag() @ spread.T, [0]
-    for t, level in enumerate(model.order):
-        weight = torch.linalg.solve(cov[given][:, given], cov[given, level + 1])
-        variance = cov[level + 1, level + 1] - weight @ cov[given, level + 1]
-        model.up[t].weight.copy_(weight[None])
-        model.up[t].bias.fill_(off)
-        model.log_scale[t] = 0.5 * (variance + off).log()
-        given = [0, level + 1]
-    return cov[0, 0]
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_importance_weighted_bound_against_the_exact_likelihood(order):
-    """With the exact posterior every weight is p(x), whatever the sample."""
-    model, x = LinearGaussian(order).double(), torch.randn(500, 1, dtype=torch.float64)
-    evidence = Normal(0 * x, exact_posterior(model).sqrt()).log_prob(x).squeeze(1)
-    assert_same(rewards.importance_weighted_bound(model, x, 7), evidence)
-    exact_posterior(model, off=0.3)
-    samples, truth = (1, 5, 50, 3000), evidence.mean().item()
-    bounds = [rewards.importance_weighted_bound(model, x, k).mean() for k in samples]
-    assert bounds[0] < bounds[1] - 0.05 < bounds[2] - 0.05 < truth
-    assert bounds[3] == pytest.approx(truth, abs=0.01)
-
-
-def exact_q_values(model: LinearGaussian, x, gamma, skip):
-    """E[sum_t Q_t]. It is quadratic in the posteriors' noise: -1 and 1 have the same mean."""
-    c, scales, total = model.NOISE**2, model.log_scale.exp(), 0
-    for noise in itertools.product([-1.0, 1.0], repeat=model.levels):
-        mean, z, given, paid = {}, {}, x, 0
-        for t, level in enumerate(model.order):
-            mean[level] = model.up[t](given)
-            z[level] = mean[level] + scales[t] * noise[t]
-            given = torch.cat([x, z[level]], dim=1)
-        for t, level in enumerate(model.order):
-            top, s = level == model.levels - 1, scales[t] ** 2
-            p, v = (0, 1) if top else (model.down[level + 1](z[level + 1]), c)
-            paid = paid + 0.5 * ((s + (mean[level] - p) ** 2) / v - 1 - (s / v).log())
-            value, variance = z[level], 0  # of the mean of what is below
-            for below in range(level, -1, -1):
-                w = model.down[below].weight
-                value, variance = w * value, w**2 * variance + c * (skip == "sample" and below > 0)
-            log_px = -((x - value) ** 2 + variance) / (2 * c) - 0.5 * math.log(2 * math.pi * c)
-            total = total + sum(gamma**i for i in range(t + 1)) * (log_px - paid)
-    return total.mean() / 2**model.levels
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-@pytest.mark.parametrize("skip", ["mean", "sample"])
-def test_losses_of_a_model_of_ones_own(order, skip):
-    """In the mean all three are the exact Q-values, and so are their gradients."""
-    model, x = LinearGaussian(order).double(), 1.5 * torch.randn(64, 1, dtype=torch.float64)
-    value = -exact_q_values(model, x, 0.9, skip)
-    exact = gradient(value, model.parameters())
-    many = x.repeat(4000, 1)[torch.randperm(64 * 4000)]  # 4000 samples of each x
-    for estimate in (
-        rewards.joint_loss(model, many, 0.9, skip).value,
-        rewards.sampled_loss(model, many, 0.9, skip).value,
-        sum(rewards.stepwise_loss(model, many, t, 0.9, skip).value for t in range(3)),
-    ):
-        assert estimate.item() == pytest.approx(value.item(), rel=0.005)
-        assert (gradient(estimate, model.parameters()) - exact).norm() < 0.03 * exact.norm()
-
-
-def test_adversarial_losses_by_hand():
-    """D(z) = sigmoid(discriminator(z)). Each loss moves its own part. Drawn next is the prior."""
-    run = train.Run(settings.defaults({"arch": "aae", "channels": 4}), torch.device("cpu"))
-    model, x = run.model.double(), images(4, 28)
-    torch.manual_seed(8)
-    inference = model.infer(x)
-    z, kl = inference.latents[0], rewards.level_kl(inference).detach().mean(dim=1)
-    prior = torch.randn(4, 8, dtype=torch.float64)
-    d_prior, d_z = (torch.sigmoid(model.discriminator(v)) for v in (prior, z))
-    log_d = -(d_prior.log() + (1 - d_z).log()).mean(), -d_z.log().mean()
-    p = skip_path(model, z, 0).sigmoid()
-    by_hand = [-(x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1).mean(), *log_d]
-    encoder, decoder = [model.stem, model.encoder, model.head], [model.decoder, model.to_pixels]
-    moves = [encoder + decoder, [model.discriminator], encoder]
-    cases = zip(train.losses(run.config, 1), by_hand, run.optimizers, moves, strict=True)
-    for loss, expected, optimizer, parts in cases:
-        torch.manual_seed(8)
-        value, reported = loss(model, x)
-        assert_same(value, expected)
-        assert_same(reported, kl)
-        moved = list(nn.ModuleList(parts).parameters())
-        assert set(moved) == set(optimizer.param_groups[0]["params"])
-        assert_same(gradient(value, moved), gradient(expected, moved))
+# evaluate.py, probe.py and mine.py
 
 
 class Stub(nn.Module):
@@ -721,7 +789,7 @@ class Stub(nn.Module):
         super().__init__()
         self.functions, self.levels, self.noise = levels, len(levels), noise
         self.latent_shapes = [f(torch.zeros(1, 1, 1, 1)).shape[1:] for f in levels]
-        self.register_buffer("zero", torch.zeros(()))
+        self.device = torch.device("cpu")
 
     def infer(self, x, sample=True):
         z = [f(x) for f in self.functions]
@@ -751,7 +819,7 @@ def test_unknown_names_are_refused():
         with pytest.raises(ValueError, match="unknown"):
             rewards.joint_loss(model, x, 0.9, **wrong)
     with pytest.raises(ValueError, match="unknown skip"):
-        model.decode([None, torch.zeros(4, 3, dtype=torch.float64)], "median")
+        model.generate([None, torch.zeros(4, 3, dtype=torch.float64)], "median")
 
 
 def test_probe_on_known_separability():
@@ -837,7 +905,7 @@ def test_densities_are_those_of_all_latents_together(arch, depth):
             many += log_weights(model.infer(repeated), repeated).view(samples, 250)
         below = [model.generate([None] * k + inference.latents[k:]).log_prob(x) for k in range(3)]
     iwae = torch.stack(many).logsumexp(dim=0) - math.log(3)
-    by_hand = [*rewards.level_kl(inference), *below, elbo, iwae]
+    by_hand = [*rewards.kl_terms(inference, model.order), *below, elbo, iwae]
     values = [*measured["kl"], *measured["log_px_given_z"], measured["elbo"], measured["iwae"]]
     assert values == pytest.approx([v.double().mean().item() for v in by_hand], rel=1e-6)
 
@@ -1510,7 +1578,7 @@ def metrics_of(folder) -> list[dict]:
 def assert_same_run(a, b) -> None:
     """Bit for bit the same parameters, optimiser, random state, sums and metrics."""
     one, two = (evaluate.load_checkpoint(Path(folder)) for folder in (a, b))
-    for key in ("model", "ema", "optimizers", "rng", "sums", "epoch", "batch", "updates"):
+    for key in ("model", "ema", "optimizer", "rng", "sums", "seen", "epoch", "batch", "updates"):
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
     assert metrics_of(a) == metrics_of(b)
 
@@ -2052,7 +2120,7 @@ class Graph:
     def record(self, run, *args):
         self.run, self.args, self.replays = run, args, 0
         run.updates += run.steps
-        self.outputs = torch.full((run.steps + run.model.levels,), math.nan)
+        self.outputs = torch.full((run.steps, 1 + run.model.levels), math.nan)
         return self.outputs
 
     def replay(self):
@@ -2094,12 +2162,12 @@ def test_recorded_updates_are_the_updates(few, monkeypatch, flags):
     replayed.captured = devices.Captured(train.algorithm_1, torch.device("cpu"))
     for graph in graphs:
         graph.captured = replayed.captured
-    for optimizer, rate in zip(replayed.optimizers, replayed.rates, strict=True):
-        optimizer.param_groups[0]["lr"] = torch.tensor(rate)
+    for group, rate in zip(replayed.optimizer.param_groups, replayed.rates, strict=True):
+        group["lr"] = torch.tensor(rate)
     courses = []
     for run in (plain, replayed):
-        for optimizer in run.optimizers:
-            optimizer.param_groups[0]["eps"] = 1e-3  # that no step is made of rounding errors
+        for group in run.optimizer.param_groups:
+            group["eps"] = 1e-3  # that no step is made of rounding errors
         torch.manual_seed(3)
         courses.append(course(run, x))
     torch.testing.assert_close(*courses, rtol=1e-4, atol=1e-6)
@@ -2120,8 +2188,8 @@ if CUDA:
             run = run_of("--batch-size", "30", *flags, device=device)
             assert (run.captured is not None) == (device == "cuda")
             run.captured = run.captured if name == "graph" else None
-            for optimizer in run.optimizers:
-                optimizer.param_groups[0]["eps"] = 1.0
+            for group in run.optimizer.param_groups:
+                group["eps"] = 1.0
             means, state = course(run, (few.train > 127).double().to(device))
             found[name] = ([m.cpu() for m in means], {k: v.cpu() for k, v in state.items()})
         if "aae" in flags:  # its discriminator meets other samples of the prior on another device
@@ -2140,7 +2208,7 @@ if CUDA:
             found.append(course(run, x))
         torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
         run = run_of(*flags, "--lr", "1e-9", device="cuda")
-        values = [train.update(run, x[:30], 1.0, 0.0)[0] for _ in range(6)]
+        values = [train.update(run, x[:30], 1.0, 0.0)[0, 0] for _ in range(6)]
         assert len({value.item() for value in values}) == 6
 
     def test_a_run_on_cuda(cuda, few, tmp_path, capsys):
@@ -2367,10 +2435,10 @@ def test_paths_by_means_beside_the_integral():
             x = data.to_input(d.test[:100])
             z = model.infer(x).latents
             for level in range(1, 5):
-                starts = [z[k] if k == level else None for k in range(5)]
-                mean = model.decode(starts).log_prob(x).mean()
+                path = [None] * level + [z[level]]
+                mean = model.generate(path).log_prob(x).mean()
                 samples = torch.stack(
-                    [model.decode(starts, "sample").log_prob(x) for _ in range(64)]
+                    [model.generate(path, "sample").log_prob(x) for _ in range(64)]
                 )
                 integral = (samples.logsumexp(0) - math.log(64)).mean()
                 found[arch, level] = (mean - integral, samples.mean() - integral)
@@ -2451,8 +2519,8 @@ def test_rows_of_figure_1_are_the_levels_from_the_pixels_up(few):
     assert labels == ["input", "$z_{1}$", "$z_{2}$", "$z_{3}$"]
     images = data.to_unit(few.test[figures.spread(row, 20)])
     z = row.model.infer(images, sample=False).latents
-    alone = ([v if k == level else None for k, v in enumerate(z)] for level in range(3))
-    expected = [images, *(row.model.decode(starts).mean.detach() for starts in alone)]
+    alone = ([None] * level + [v] for level, v in enumerate(z))
+    expected = [images, *(row.model.generate(path).mean.detach() for path in alone)]
     drawn = np.asarray(axes.images[0].get_array())
     for level, column in itertools.product(range(4), (0, 7, 19)):
         top, left = level * 29 + 1, column * 29 + 1
@@ -2590,8 +2658,8 @@ def test_the_literal_algorithm_makes_the_stepwise_updates(monkeypatch, arch, ski
     x = (torch.rand(2, 20, 1, 28, 28) < 0.3).double()
     for name in ("literal", "stepwise"):
         run, update = ways[name]
-        for optimizer in run.optimizers:  # steps by the gradients' size, not by rounding errors
-            optimizer.param_groups[0]["eps"] = 1.0
+        (group,) = run.optimizer.param_groups
+        group["eps"] = 1.0  # steps by the gradients' size, not by rounding errors
         for batch in x:
             update(run, batch)
     literal, stepwise = (ways[name][0].model.state_dict() for name in ("literal", "stepwise"))
@@ -2787,15 +2855,15 @@ CLAIM_RUNS = {  # folder: flags
     "lvae-rl": ["--rl", *CLAIMS],
     "lvae-ivae": ["--ivae", *CLAIMS],
     "aae": AAE,
-    "aae-alone": AAE,  # by its first loss alone
+    "aae-alone": AAE,  # without its adversary
 }
 CLAIM_SCRIPT = """
 import resource, sys, train
+from functools import partial
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))  # a test may have it low just now
 if sys.argv[-1].endswith("alone"):
-    whole = train.losses
-    train.losses = lambda *args: whole(*args)[:1]
+    train.baselines.aae_loss = partial(train.baselines.aae_loss, weight=0.0)
 train.main(sys.argv[1:])
 """
 

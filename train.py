@@ -6,6 +6,9 @@ python train.py --resume runs/mine
 torchrun --nproc-per-node 2 train.py --arch lvae --rl
 """
 
+import devices  # before torch: see there
+
+# isort: split
 import json
 import math
 import os
@@ -25,7 +28,6 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import baselines
-import devices
 import evaluate
 import models
 import rewards
