@@ -34,7 +34,7 @@ def build(config: Config) -> Network:
     model = {"hvae": HVAE, "lvae": LVAE, "biva": BIVA, "aae": AAE}[config.arch](config)
     if config.he_init:
         he_initialisation(model)
-    return model
+    return model.float()  # whatever the default type
 
 
 class BIVA(Network):

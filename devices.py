@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -73,11 +74,14 @@ def seeded(device: torch.device, seed: int = 0) -> Iterator[None]:
 
 
 def commit() -> str | None:
-    """The commit of this code, with "-dirty" where files have changed since; None outside git."""
+    """The commit of this code, with "-dirty" where files have changed since; None where git does
+    not have this file."""
+    tracked = ["git", "ls-files", "--error-unmatch", __file__]
     describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    options = dict(cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        here, quiet = Path(__file__).parent, subprocess.DEVNULL
-        return subprocess.check_output(describe, cwd=here, text=True, stderr=quiet).strip()
+        subprocess.check_output(tracked, **options)
+        return subprocess.check_output(describe, **options).strip()
     return None
 
 
@@ -155,18 +159,22 @@ def own_rows(rows: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def group() -> Iterator[None]:
-    """torchrun's processes as one group. When one dies, each other ends with one line."""
+def group(checkpoint: Path) -> Iterator[None]:
+    """torchrun's processes as one group. When one dies, each other ends, with one line where there
+    is a checkpoint to go on from."""
     if SIZE == 1:
         yield
         return
 
     def lost(*signal_and_frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one line is enough
-        raise UserError(
-            f"process {RANK + 1} of {SIZE} has lost another one: go on from the last checkpoint "
-            "with --resume, on any number of processes"
-        )
+        if checkpoint.exists():
+            print(
+                f"process {RANK + 1} of {SIZE} has lost another one: go on from the last "
+                "checkpoint with --resume, on any number of processes",
+                file=sys.stderr,
+            )
+        raise SystemExit(2)
 
     signal.signal(signal.SIGTERM, lost)  # torchrun ends the others so
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

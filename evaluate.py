@@ -9,24 +9,30 @@ What is measured is kept in the run's eval.json, which tables.py and figures.py 
 from devices import commit, pick_device, seeded  # before torch: see there
 
 # isort: split
+import hashlib
 import json
 import math
+import zipfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import baselines
 import mine
 import models
 import rewards
 from data import Data, evenly, in_order, load, place, to_input, to_unit
-from files import Parser, UserError, one_line, write_json, writing
+from files import Parser, UserError, locked, one_line, write_json, writing
 from probe import linear_probe
 
 CHECKPOINT, FORMAT = "checkpoint.pt", 5  # a checkpoint's name and version
+FILES = (CHECKPOINT, "config.json", "metrics.jsonl", "eval.json")  # of a run's folder
 PROVENANCE = ("epoch", "updates", "made_by")  # what a checkpoint knows beside its configuration
 ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active (Burda et al. 2016)
 WIDEST = 1024  # numbers of a level that the probe takes: wider maps are averaged over squares
@@ -36,6 +42,17 @@ PROBE_OF = {  # what of the posterior is probed: arguments of `representations`
     "binarised-mean": dict(binarised=True),
     "binarised-sample": dict(binarised=True, sample=True),
 }
+
+
+bar = partial(tqdm, leave=False, disable=None)  # on a terminal alone
+
+
+def batches(images: Tensor, device: torch.device, what: str) -> Iterator[tuple[int, Tensor]]:
+    """`in_order`, with a bar that says what is measured."""
+    with bar(desc=what, total=len(images), unit=" images") as shown:
+        for start, batch in in_order(images, device):
+            yield start, batch
+            shown.update(len(batch))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -48,6 +65,9 @@ def load_checkpoint(run: Path) -> dict:
     if not path.is_file():
         raise UserError(f"no run at {run}: name a folder that train.py has written or a .pt")
     try:
+        with zipfile.ZipFile(path) as parts:
+            if damaged := parts.testzip():
+                raise ValueError(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = type(error).__name__
@@ -69,8 +89,19 @@ def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[model
     return model.to(device).eval(), state["config"] | {key: state[key] for key in PROVENANCE}
 
 
+def fingerprint(*tensors: Tensor | None) -> str:
+    """Of the shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(str(None if t is None else t.shape).encode())
+        if t is not None:
+            digest.update(t.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
 def save_weights(path: Path, model: models.Network, config: dict) -> None:
     """What `load_run` has given, as a file of weights that it takes: for others to load."""
+    config = config | {"data_dir": "data"}  # of others
     state = {"format": FORMAT, "config": config, "model_config": model.config._asdict()}
     state |= {"model": model.state_dict(), "ema": None}
     state |= {key: config[key] for key in PROVENANCE}
@@ -106,7 +137,7 @@ def representations(
     """
     device = model.device
     parts: list[list[Tensor]] = [[] for _ in range(model.levels)]
-    for start, batch in in_order(images, device):
+    for start, batch in batches(images, device, "representations"):
         with seeded(device, seed + start):
             x = to_input(batch) if binarised else to_unit(batch)
             latents = model.infer(x, sample=sample).latents
@@ -135,7 +166,8 @@ def probes(
         return {f"z{model.levels}": linear_probe(train[-1], labels[0], test[-1], labels[1])}
     views = {f"z{level + 1}": (train[level], test[level]) for level in range(model.levels)}
     views["all"] = np.concatenate(train, axis=1), np.concatenate(test, axis=1)
-    return {name: linear_probe(a, labels[0], b, labels[1]) for name, (a, b) in views.items()}
+    shown = bar(views.items(), "probes", unit=" probe")
+    return {name: linear_probe(a, labels[0], b, labels[1]) for name, (a, b) in shown}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,7 +182,7 @@ def active_units(model: models.Network, images: Tensor) -> list[int]:
         torch.zeros(2, math.prod(shape), dtype=torch.float64, device=model.device)
         for shape in model.latent_shapes
     ]
-    for _, batch in in_order(images, model.device):
+    for _, batch in batches(images, model.device, "active units"):
         for total, z in zip(sums, model.infer(to_unit(batch), sample=False).latents, strict=True):
             z = z.flatten(1).double()
             total += torch.stack([z.sum(0), z.square().sum(0)])
@@ -168,7 +200,7 @@ def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int
     """
     device, levels = model.device, model.levels
     sums = torch.zeros(2 * levels + 2, dtype=torch.float64, device=device)
-    for start, batch in in_order(images, device):
+    for start, batch in batches(images, device, "likelihoods"):
         with seeded(device, seed + start):
             x = to_input(batch)
             inference = model.infer(x)
@@ -192,13 +224,16 @@ def level_information(model: models.Network, data: Data, level: int, seed: int =
     """MINE (App. C.2) between images and posterior samples of a level: trained on the training
     split, with new samples every fifth epoch, measured on the test split; {"nats", "ceiling"}."""
     device, images = model.device, len(data.train) + len(data.test)
-
-    def draw(epoch: int) -> Tensor:
-        return representations(model, data.train, sample=True, seed=seed + epoch * images)[level]
-
     z_test = representations(model, data.test, sample=True, seed=seed + len(data.train))[level]
     held_out = data.test.to(device), z_test
-    estimate = mine.mutual_information(data.train.to(device), draw, held_out, seed=seed)
+    with bar(desc="MINE", total=100, unit=" epoch") as shown:
+
+        def draw(epoch: int) -> Tensor:
+            shown.update(epoch - shown.n)
+            seed_now = seed + epoch * images
+            return representations(model, data.train, sample=True, seed=seed_now)[level]
+
+        estimate = mine.mutual_information(data.train.to(device), draw, held_out, seed=seed)
     return {"nats": estimate.nats, "ceiling": estimate.ceiling}
 
 
@@ -231,6 +266,16 @@ def evaluate(
     for level in mine_levels:
         if f"z{level + 1}" not in result["mine"]:
             result["mine"][f"z{level + 1}"] = level_information(model, data, level)
+    return finite(result)
+
+
+def finite(result: dict) -> dict:
+    """The result; UserError where one of its numbers is not finite."""
+    try:
+        json.dumps(result, allow_nan=False)
+    except ValueError:
+        raise UserError("the model has diverged, its evaluation is not finite: train it with a "
+                        "lower --lr or --dtype float32") from None  # fmt: skip
     return result
 
 
@@ -240,12 +285,12 @@ def quick_eval(model: models.Network, data: Data) -> dict:
     measured = densities(model, data.test)
     result = {"kl": measured["kl"], "elbo": measured["elbo"]}
     if data.train_labels is None:
-        return result
+        return finite(result)
     some = evenly(len(data.train), 10_000)
     few = data._replace(train=data.train[some], train_labels=data.train_labels[some])
     if probe := probes(model, few, which="top"):
         result["probe"] = probe[f"z{model.levels}"]
-    return result
+    return finite(result)
 
 
 def table(result: dict) -> str:
@@ -306,6 +351,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--samples {args.samples}: the bound needs at least 1")
         if args.save is not None and args.save.suffix != ".pt":
             raise UserError(f"--save {args.save}: name a file that ends in .pt")
+        if args.save is not None and args.save.exists():
+            raise UserError(f"--save {args.save}: it exists, name a new file")
         device = pick_device(args.device)
         model, config = load_run(args.run, device)
         top, wanted = str(model.levels), args.mine.split(",") if args.mine else []
@@ -318,25 +365,40 @@ def main(argv: list[str] | None = None) -> None:
         if args.save is not None:
             save_weights(args.save, model, config)
         data = place(load_data(config, args.data_dir), device)
-        path = args.run / "eval.json"
-        other = args.data_dir is not None and config["dataset"] == "folder"  # images, perhaps
-        kept = describe(config) if other else kept_evaluation(path, config)
+        kept = kept_evaluation(args.run, model, data, config)
         levels = tuple(int(level) - 1 for level in wanted)
         result = evaluate(model, data, kept, args.samples, args.probe, args.probe_of, levels)
-        if args.run.is_dir():  # a file of weights is only measured
-            write_json(path, result)
         print(json.dumps(result) if args.json else table(result), flush=True)
+        why_not = keep(args.run, result) if args.run.is_dir() else ""  # weights are only measured
+        if why_not and not args.json:
+            print(why_not)
 
 
-def kept_evaluation(path: Path, config: dict) -> dict:
-    """What eval.json has, if it is of as many updates, or else what it is to begin with."""
+def kept_evaluation(run: Path, model: models.Network, data: Data, config: dict) -> dict:
+    """What eval.json has, if it is of these weights and images; else what it is to begin with."""
+    about = describe(config) | {
+        "weights": fingerprint(*model.state_dict().values()),
+        "images": fingerprint(*data[:4], data.unlabelled),
+    }
+    path = run / "eval.json"
     if not path.exists():
-        return describe(config)
+        return about
     try:
         kept = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path} is damaged: delete it, and evaluate the run again") from None
-    return kept if kept.get("updates") == config["updates"] else describe(config)
+    return kept if all(kept.get(key) == about[key] for key in ("weights", "images")) else about
+
+
+def keep(run: Path, result: dict) -> str:
+    """Writes eval.json, if the run's weights and images are still those measured; else says why."""
+    with locked(run):
+        if load_checkpoint(run)["images"] != result["images"]:
+            return f"not kept: {run} was trained on other images"
+        if fingerprint(*load_run(run)[0].state_dict().values()) != result["weights"]:
+            return f"not kept: {run} has been trained on since"
+        write_json(run / "eval.json", result)
+    return ""
 
 
 def describe(config: dict) -> dict:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -71,6 +72,29 @@ def writing(path: Path) -> Iterator[Path]:
         raise
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a run's folder; UserError where one is in. The system unlocks it
+    when a process ends, however it ends. The folder is made where it is not, and removed again if
+    nothing was written."""
+    made = [place for place in (folder, folder.parent) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        wait = "wait for it, or name another folder with --out"
+        raise UserError(f"{folder} is in use by another process: {wait}") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for place in made:
+                place.rmdir()
+        os.close(handle)
 
 
 def write_json(path: Path, content: dict) -> None:

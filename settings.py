@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import models
@@ -144,6 +145,7 @@ def defaults(given: dict) -> dict:
     if config["free_bits_epochs"] is None:
         config["free_bits_epochs"] = config["epochs"]
     objective = "-rl" if config["rl"] else "-ivae" if config["ivae"] else ""
+    config["data_dir"] = os.path.abspath(config["data_dir"])  # found from any folder
     if dataset == "folder":  # which one is part of what is trained
         dataset = Path(config["data_dir"]).resolve().name
     name = f"{dataset}-{config['arch']}{objective}-{config['seed']}"
@@ -163,6 +165,8 @@ def network(config: dict) -> models.Config:
 def check(config: dict) -> None:
     """UserError for numbers that make no sense, and for objectives that are not defined."""
     rl, ivae, arch = config["rl"], config["ivae"], config["arch"]
+    if not config["out"]:
+        raise UserError("--out is empty: name a folder")
     if rl and ivae:
         raise UserError("--rl and --ivae are two objectives: choose one")
     if (rl or ivae) and arch in ("aae", "biva"):

@@ -1973,7 +1973,7 @@ def test_mistakes_with_runs_give_one_line(few, tmp_path, monkeypatch, capsys):
     other = few._replace(train=few.train[:299], train_labels=few.train_labels[:299])
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "load", lambda *args, **options: other)
-        fails(capsys, ["--resume", out, "--epochs", "4"], "trained on other images: 300 and 60 of")
+        fails(capsys, ["--resume", out, "--epochs", "4"], "trained on other images or labels")
     fails(capsys, [out, "--mine", "3"], "name levels from 1 to 2", evaluate.main)
     fails(capsys, [out, "--samples", "0"], "--samples 0", evaluate.main)
     checkpoint = tmp_path / "run/checkpoint.pt"
@@ -2005,7 +2005,8 @@ def two_processes(tmp_path: Path, code: str, *argv: str) -> subprocess.Completed
     """What torchrun makes of a script of these lines."""
     script = tmp_path / "script.py"
     script.write_text(
-        f"import hashlib, os, signal, sys, torch, data, devices, settings, train\n{code}"
+        f"import hashlib, os, signal, sys, torch, data, devices, settings, train\n"
+        f"from pathlib import Path\n{code}"
     )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launcher, str(script), *argv]
@@ -2025,7 +2026,7 @@ def gradients(size, *flags):
     train.algorithm_1(run, x[devices.own_rows(torch.arange(64))], 0.7, 0.0)
     return [p.grad for p in run.model.parameters()]
 
-with devices.group():
+with devices.group(Path("none")):
     for flags in ([], ["--rl", "--update", "stepwise"], ["--ivae", "--update", "joint"],
                   ["--arch", "hvae", "--rl", "--update", "joint"]):
         shared, alone = gradients(2, *flags), gradients(1, *flags)

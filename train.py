@@ -9,6 +9,7 @@ torchrun --nproc-per-node 2 train.py --arch lvae --rl
 import devices  # before torch: see there
 
 # isort: split
+import contextlib
 import json
 import math
 import os
@@ -33,7 +34,7 @@ import models
 import rewards
 from data import Data, place, shuffled, to_input
 from devices import FIRST, LOCAL_RANK, RANK, SIZE
-from files import UserError, one_line, write_json, writing
+from files import UserError, locked, one_line, write_json, writing
 from settings import MAY_CHANGE, check, defaults, idle, kl_weight, network, parser, rate_factor
 
 SAVE_EVERY = 60  # seconds between checkpoints
@@ -120,9 +121,7 @@ class Run:
 
     def __init__(self, config: dict, device: torch.device, data: Data | None = None):
         self.config, self.device, self.folder = config, device, Path(config["out"])
-        self.images = None  # how many, and the classes
-        if data is not None:
-            self.images = [len(data.to_train_on), len(data.test), *data.classes]
+        self.images = None if data is None else evaluate.fingerprint(*data[:4], data.unlabelled)
         torch.manual_seed(config["seed"])
         self.model = baselines.build(network(config)).to(device)
         groups = self.model.parameter_groups(config["lr"])
@@ -170,7 +169,7 @@ class Run:
                 group["lr"] = rate * factor
 
     def save(self) -> None:
-        """Writes the checkpoint and metrics.jsonl, each whole or not at all."""
+        """Writes the checkpoint, whole or not at all, and then the files that follow from it."""
         if not FIRST:
             return
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -190,14 +189,19 @@ class Run:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        self.write_beside()
+
+    def write_beside(self) -> None:
+        """metrics.jsonl and config.json, as the checkpoint has them."""
         with writing(self.folder / "metrics.jsonl") as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
+        write_json(self.folder / "config.json", self.config | {"made_by": self.made_by})
 
     def restore(self, state: dict) -> None:
         if state["images"] != self.images:
             raise UserError(
-                f"{self.folder} was trained on other images: {state['images'][0]:,} and "
-                f"{state['images'][1]:,} of {len(state['images']) - 2} classes; they have changed"
+                f"{self.folder} was trained on other images or labels than those in "
+                f"{self.config['data_dir']}: name theirs with --data-dir, or start a new run"
             )
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
@@ -244,23 +248,31 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
             bar.update()
             last = run.batch == len(batches)
             due = time.monotonic() - saved >= SAVE_EVERY
+            due |= last and run.epoch + 1 == config["epochs"]
             if last or due or run.batch % CHECK_EVERY == 0:
-                check_finite(run, bar)
+                check_finite(run, bar, x if due else None)
             if last:
                 run.seconds = time.monotonic() - started
                 end_of_epoch(run, data, beta, free_bits, bar)
                 started = time.monotonic() - run.seconds
-            if due or run.epoch == config["epochs"]:
+            if due:
                 run.seconds = time.monotonic() - started
                 run.save()
                 saved = time.monotonic()
     torch.set_float32_matmul_precision("highest")
 
 
-def check_finite(run: Run, bar: tqdm) -> None:
-    """UserError at a loss or a parameter that is not finite, before it can be saved."""
-    parameters = torch.nn.utils.get_total_norm(run.model.parameters())
-    if not (run.sums.isfinite().all() and parameters.isfinite()):
+def check_finite(run: Run, bar: tqdm, x: Tensor | None) -> None:
+    """UserError at a loss, a weight or a moment of Adam's that is not finite, before it can be
+    saved; with a batch x also at its ELBO by the weights as they are now."""
+    moments = [v for state in run.optimizer.state.values() for v in state.values()]
+    values = [run.sums, *run.measured.parameters(), *run.model.parameters(), *moments]
+    with torch.no_grad():
+        finite = torch.nn.utils.get_total_norm(values).isfinite()
+        if x is not None:
+            with devices.seeded(run.device):
+                finite &= rewards.elbo_loss(run.measured, x).value.isfinite()
+    if not finite:
         raise UserError(
             f"the loss or a parameter is not finite in epoch {run.epoch + 1}, by update "
             f"{run.updates}: try a lower --lr or --dtype float32; {run.folder} keeps the last good "
@@ -295,8 +307,9 @@ def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float, bar: tqdm)
 # The command
 
 
-def prepare(flags: dict) -> tuple[dict, dict | None]:
-    """The configuration of the run and, where it goes on, its checkpoint. Checks the folder.
+def prepare(flags: dict, held: contextlib.ExitStack) -> tuple[dict, dict | None]:
+    """The configuration of the run and, where it goes on, its checkpoint. Checks the folder, and
+    the first process locks it as long as `held` is open.
 
     On --resume what was not given is decided anew, by --epochs where these are raised.
     """
@@ -304,32 +317,37 @@ def prepare(flags: dict) -> tuple[dict, dict | None]:
     if resume is None:
         config = defaults(flags)
         check(config)
-        if (Path(config["out"]) / evaluate.CHECKPOINT).exists() and not overwrite:
+        folder = Path(config["out"])
+        if FIRST:
+            held.enter_context(locked(folder))
+        if any((folder / name).exists() for name in evaluate.FILES) and not overwrite:
             raise UserError(
-                f"{config['out']} holds a run already: --resume goes on with it, --overwrite "
-                "starts anew, --out names another folder"
+                f"{folder} holds a run already: --resume goes on with it, --overwrite starts anew, "
+                "--out names another folder"
             )
         return config, None
     if overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: choose one")
     if resume is not True and flags.setdefault("out", resume) != resume:
         raise UserError(f"--resume {resume} and --out {flags['out']} name two runs: choose one")
-    flags.setdefault("out", defaults(flags)["out"])
-    state = evaluate.load_checkpoint(Path(flags["out"]))
+    folder = Path(flags.setdefault("out", defaults(flags)["out"]))
+    if FIRST and folder.is_dir():
+        held.enter_context(locked(folder))
+    state = evaluate.load_checkpoint(folder)
     if "optimizer" not in state:
-        raise UserError(f"{flags['out']} has weights alone: name a run's folder to go on with")
+        raise UserError(f"{folder} has weights alone: name a run's folder to go on with")
     for key, value in flags.items():
         if key not in MAY_CHANGE and value != state["config"][key]:
             raise UserError(
-                f"the run in {flags['out']} has --{key.replace('_', '-')} {state['config'][key]}, "
-                f"not {value}: leave the flag out, or start a new run with --out"
+                f"the run in {folder} has --{key.replace('_', '-')} {state['config'][key]}, not "
+                f"{value}: leave the flag out, or start a new run with --out"
             )
-    config = defaults(state["config"]["given"] | flags)
+    config = defaults(state["config"]["given"] | {"data_dir": state["config"]["data_dir"]} | flags)
     check(config)
     if network(config)._asdict() != state["model_config"]:
         raise UserError(
-            f"{flags['out']} has another network than its flags now give, since a preset has "
-            "changed: start a new run with --out"
+            f"{folder} has another network than its flags now give, since a preset has changed: "
+            "start a new run with --out"
         )
     if config["epochs"] < state["epoch"] + (state["batch"] > 0):
         raise UserError(
@@ -368,9 +386,10 @@ def introduce(run: Run, data: Data) -> None:
     )
 
 
-def command(flags: dict) -> None:
-    """A run from its flags to its evaluation."""
-    config, state = prepare(flags)
+def command(flags: dict, held: contextlib.ExitStack) -> None:
+    """A run from its flags to its evaluation. The folder stays locked as long as `held` is open."""
+    config, state = prepare(flags, held)
+    held.enter_context(devices.group(Path(config["out"]) / evaluate.CHECKPOINT))
     device = devices.pick_device(config["device"])
     if SIZE > 1 and device.type == "cuda":
         device = devices.pick_device(f"cuda:{LOCAL_RANK}")
@@ -383,19 +402,8 @@ def command(flags: dict) -> None:
     run = Run(config, device, data)
     if state is not None:
         run.restore(state)
-    kept = run.folder / "eval.json"
     if FIRST:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if run.epoch < config["epochs"]:
-            kept.unlink(missing_ok=True)
-            here = devices.origin(device, run.dtype)
-            run.made_by += [here] if here not in run.made_by else []
-        if state is None:
-            run.save()
-        write_json(run.folder / "config.json", config | {"made_by": run.made_by})
-        introduce(run, data)
-        for flag in idle(config, flags):
-            print(f"note      --{flag.replace('_', '-')} has no effect here")
+        begin(run, data, state, flags)
     if run.epoch < config["epochs"]:
         batches = math.ceil(len(data.to_train_on) / config["batch_size"])
         with tqdm(total=config["epochs"] * batches, initial=run.epoch * batches + run.batch,
@@ -404,23 +412,43 @@ def command(flags: dict) -> None:
             train(run, data, bar)
     if SIZE > 1:
         dist.destroy_process_group()
-    if not FIRST:
-        return
-    print("evaluating", flush=True)
-    about = config | {"epoch": run.epoch, "updates": run.updates}
-    before = evaluate.kept_evaluation(kept, about)
-    result = evaluate.evaluate(run.measured, data, before, probe=config["probe"])
-    write_json(kept, result)
-    print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
-    print(evaluate.table(result))
+    if FIRST:
+        print("evaluating", flush=True)
+        about = config | {"epoch": run.epoch, "updates": run.updates}
+        kept = evaluate.kept_evaluation(run.folder, run.measured, data, about)
+        result = evaluate.evaluate(run.measured, data, kept, probe=config["probe"])
+        print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
+        print(evaluate.table(result))
+        write_json(run.folder / "eval.json", result)
+
+
+def begin(run: Run, data: Data, state: dict | None, flags: dict) -> None:
+    """Brings the folder's files in line with the run, and says what is about to be trained."""
+    config, before = run.config, run.config if state is None else state["config"]
+    if run.epoch < config["epochs"]:
+        (run.folder / "eval.json").unlink(missing_ok=True)
+        here = devices.origin(run.device, run.dtype)
+        run.made_by += [here] if here not in run.made_by else []
+    if state is None:
+        run.save()
+    run.write_beside()  # after a crash they may be of another state or run
+    introduce(run, data)
+    for flag in idle(config, flags):
+        print(f"note      --{flag.replace('_', '-')} has no effect here")
+    was, now = (rate_factor(c, run.epoch) for c in (before, config))
+    if now > was:
+        print(f"note      the learning rate rises from {was:.2f} to {now:.2f} times --lr, since "
+              "the cosine ends with the last epoch")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     p = parser()
+    if not FIRST:  # the first process says what is wrong
+        p.error = lambda message: sys.exit(2)
     flags = vars(p.parse_args(argv))
     devices.keep_freed_memory()
-    with one_line(p), devices.group():
-        command(flags)
+    with one_line(p), contextlib.ExitStack() as held:
+        command(flags, held)
 
 
 if __name__ == "__main__":
