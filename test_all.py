@@ -1670,6 +1670,153 @@ def test_a_loss_that_is_not_finite_stops_the_run(few, tmp_path, monkeypatch, cap
     assert all(v.isfinite().all() for v in state["model"].values())
 
 
+def test_an_evaluation_is_of_its_weights_and_images(few, tmp_path, monkeypatch, capsys):
+    """Other images are measured, and not kept; other weights are not those kept."""
+    out = tmp_path / "run"
+    train.main([*TINY, "--out", str(out), "--epochs", "1", "--probe", "top"])
+    kept, argv = evaluation_of(out), [str(out), "--probe", "top", "--json"]
+
+    def measured(*more) -> dict:
+        capsys.readouterr()
+        evaluate.main([*argv, *more])
+        return json.loads(capsys.readouterr().out)
+
+    assert measured() == kept
+    other = few._replace(test=255 - few.test)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load", lambda *args, **options: other)
+        seen = measured()
+        fails(capsys, ["--resume", str(out), "--epochs", "2"], "trained on other images or labels")
+    assert seen["elbo"] == evaluate.densities(evaluate.load_run(out)[0], other.test)["elbo"]
+    assert seen["elbo"] != kept["elbo"] and evaluation_of(out) == kept
+    labels = few._replace(test_labels=few.test_labels.flip(0))  # they count, too
+    model, config = evaluate.load_run(out)
+    assert evaluate.kept_evaluation(out, model, few, config) == kept
+    assert "elbo" not in evaluate.kept_evaluation(out, model, labels, config)
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    assert "elbo" not in evaluate.kept_evaluation(out, model, few, config)
+    # An evaluation that began before the run went on does not replace the newer one.
+    train.main(["--resume", str(out), "--epochs", "2", "--probe", "top"])
+    assert "trained on since" in evaluate.keep(out, kept) and evaluation_of(out)["epoch"] == 2
+    monkeypatch.setattr(evaluate, "write_json", mock.Mock(side_effect=OSError(28, "full", "eval")))
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([str(out), "--probe", "top"])
+    assert "ELBO" in capsys.readouterr().out  # what cannot be kept has been printed
+
+
+def test_a_folder_has_one_process(few, tmp_path, capsys):
+    out = tmp_path / "runs/one"
+    train.main([*TINY, "--out", str(out), "--epochs", "1", "--probe", "top"])
+    before = evaluation_of(out)
+    with files.locked(out):
+        for more in (["--overwrite", "--out"], ["--resume"]):
+            fails(capsys, [*TINY, *more, str(out)], "in use by another process: wait for it")
+        fails(capsys, [str(out)], "in use by another process", evaluate.main)
+    assert evaluation_of(out) == before
+    train.main([*TINY, "--overwrite", "--out", str(out), "--epochs", "1", "--probe", "top"])
+    for kept in evaluate.FILES:  # each alone is a run
+        folder = tmp_path / kept.partition(".")[0]
+        folder.mkdir()
+        shutil.copy(out / kept, folder)
+        fails(capsys, [*TINY, "--out", str(folder)], "holds a run already")
+    fails(capsys, [*TINY, "--out", ""], "--out is empty")
+
+
+def test_files_follow_the_checkpoint(few, tmp_path):
+    """After a crash between two writes, whatever the other files hold."""
+    out = tmp_path / "run"
+    train.main([*TINY, "--out", str(out), "--epochs", "2", "--probe", "top"])
+    files_of = [out / "metrics.jsonl", out / "config.json"]
+    whole = [path.read_text() for path in files_of]
+    files_of[0].write_text(whole[0].splitlines()[0] + "\n")
+    files_of[1].write_text(whole[1].replace('"seed": 3', '"seed": 4'))
+    train.main(["--resume", str(out), "--probe", "top"])
+    seen = [path.read_text() for path in files_of]
+    assert seen[0] == whole[0] and json.loads(seen[1])["seed"] == 3
+    assert len(json.loads(seen[1])["made_by"]) == 1
+
+
+def test_what_is_not_finite_is_neither_saved_nor_kept(few, tmp_path, monkeypatch, capsys):
+    """A moment of Adam's, a moving average, the ELBO by the weights as they are, an evaluation."""
+    run, x = run_of("--ema", "0.9"), data.to_input(few.train[:64])
+    train.update(run, x, 1.0, 0.0)
+    run.averaged.update_parameters(run.model)
+    run.seen, shown = 64, mock.Mock()
+    train.check_finite(run, shown, x)
+    moment = next(iter(run.optimizer.state.values()))["exp_avg_sq"]
+    mean = run.measured.stem.weight.data
+    for tensor in (moment, mean, run.sums):
+        before = tensor.clone()
+        tensor.view(-1)[0] = math.inf
+        with pytest.raises(files.UserError, match=r"not finite.*last good"):
+            train.check_finite(run, shown, None)
+        tensor.copy_(before)
+    mean.fill_(1e18)  # finite, but not what comes of it
+    train.check_finite(run, shown, None)
+    with pytest.raises(files.UserError, match="not finite"):
+        train.check_finite(run, shown, x)
+    with pytest.raises(files.UserError, match="evaluation is not finite"):
+        evaluate.quick_eval(run.measured, few)
+    out = tmp_path / "run"
+    flags = ["--lr", "100", "--epochs", "1", "--train-images", "100", "--probe", "top"]
+    fails(capsys, [*flags, "--out", str(out)], "not finite")
+    assert not (out / "eval.json").exists()
+
+
+def test_a_damaged_or_valuable_checkpoint(few, tmp_path, capsys):
+    """One flipped byte is found wherever it is; `--save` never replaces a file."""
+    out = tmp_path / "run"
+    train.main([*TINY, "--out", str(out), "--epochs", "1", "--probe", "top"])
+    path = out / "checkpoint.pt"
+    whole = path.read_bytes()
+    fails(capsys, [str(out), "--save", str(path)], "it exists, name a new file", evaluate.main)
+    assert path.read_bytes() == whole
+    weights = evaluate.load_checkpoint(out)["model"]["stem.weight"].numpy().tobytes()
+    at = whole.index(weights) + 5
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+    fails(capsys, [str(out)], "damaged or not a checkpoint", evaluate.main)
+
+
+def test_an_epochs_mean_is_over_images(tmp_path, monkeypatch):
+    """The last batch has one image of 129: it counts 128 times less than the first."""
+    seen, update = [], train.update
+    monkeypatch.setattr(train, "update", lambda *args: seen.append(update(*args)) or seen[-1])
+    flags = ["--epochs", "1", "--train-images", "129", "--batch-size", "128", "--probe", "top"]
+    train.main([*TINY, *flags, "--out", str(tmp_path / "run")])
+    (line,) = metrics_of(tmp_path / "run")
+    mean = (128 * seen[0][0].double() + seen[1][0].double()) / 129
+    assert [line["loss"], *line["kl"]] == pytest.approx(mean.tolist(), rel=1e-6)
+
+
+def test_a_run_goes_on_from_any_folder(tmp_path, monkeypatch, capsys):
+    """And says where a cosine that ends later makes the learning rate rise."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(Path("mine"))
+    more = ["--dataset", "folder", "--data-dir", "mine", "--schedule", "cosine", "--epochs", "1"]
+    train.main([*TINY, *more, "--out", "run", "--probe", "top"])
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    capsys.readouterr()
+    train.main(["--resume", "../run", "--epochs", "2"])
+    assert "learning rate rises from 0.00 to 0.50 times --lr" in capsys.readouterr().out
+    evaluate.main(["../run", "--probe", "top"])
+    evaluate.main(["../run", "--save", "w.pt"])
+    assert evaluate.load_run("w.pt")[1]["data_dir"] == "data"
+
+
+def test_weights_load_under_any_default_type(few):
+    images = few.test[:3]
+    path = HERE / "weights/digits-lvae-rl.pt"
+    expected = evaluate.representations(evaluate.load_run(path)[0], images)
+    torch.set_default_dtype(torch.float64)
+    try:
+        seen = evaluate.representations(evaluate.load_run(path)[0], images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(seen, expected)
+
+
 def test_a_full_disk_keeps_what_was_written(few, tmp_path, full_disk, capsys):
     out = tmp_path / "run"
     train.main([*TINY, "--out", str(out), "--epochs", "1"])
@@ -1916,6 +2063,9 @@ def test_a_commit_is_named_with_its_changes(tmp_path, monkeypatch):
     assert devices.commit() == commit
     write(tmp_path / "devices.py", "2")
     assert devices.commit() == f"{commit}-dirty"
+    other = write(tmp_path / "vendor/devices.py", "3")  # in a repository that does not have it
+    monkeypatch.setattr(devices, "__file__", str(other))
+    assert devices.commit() is None
 
 
 def test_weights_alone(few, tmp_path, capsys):
@@ -2090,6 +2240,14 @@ def test_a_lost_process_ends_the_run_with_a_word_and_a_checkpoint(tmp_path):
     assert 20 <= evaluate.load_checkpoint(out)["updates"] <= 43
     train.main(["--resume", str(out)])
     assert evaluate.load_checkpoint(out)["updates"] == 60 and evaluation_of(out)
+
+
+def test_a_mistake_is_told_once(tmp_path):
+    """By one process, and without advice to go on from a checkpoint that is not there."""
+    for flags in (["--gamma", "7"], ["--dataset", "folder", "--data-dir", str(tmp_path / "none")]):
+        done = two_processes(tmp_path, "train.main(sys.argv[1:])", *flags)
+        lines = [line for line in done.stderr.splitlines() if "script.py: error" in line]
+        assert done.returncode != 0 and len(lines) == 1 and "--resume" not in done.stderr
 
 
 def test_own_rows(monkeypatch):
