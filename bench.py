@@ -9,7 +9,6 @@ from devices import keep_freed_memory, origin, pick_device  # before torch: see 
 # isort: split
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,8 +16,6 @@ from statistics import median, quantiles
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import models
@@ -101,32 +98,6 @@ def seconds_per_batch(ways: dict, batches: Iterator[Tensor]) -> dict[str, list[f
                 seconds[name].append(time.perf_counter() - before)
 
 
-def operations(run: train.Run, update: Update, x: Tensor) -> int:
-    """Floating point operations of the matrix products and convolutions for a batch."""
-    with FlopCounterMode(display=False) as counter:
-        update(run, x)
-    return counter.get_total_flops()
-
-
-def peak_memory(run: train.Run, update: Update, x: Tensor) -> float:
-    """MiB that a batch needs at its peak: parameters, Adam's moments, gradients, activations."""
-    run.model.zero_grad()
-    if run.device.type == "cuda":
-        before = torch.cuda.memory_allocated(run.device)
-        torch.cuda.reset_peak_memory_stats(run.device)
-        update(run, x)
-        peak = torch.cuda.max_memory_allocated(run.device) - before
-    else:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-            update(run, x)
-        changes = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-        changes.sort(key=lambda event: event.start_ns())
-        peak = max(itertools.accumulate(event.nbytes() for event in changes))
-    fixed = 3 * sum(p.numel() * p.element_size() for p in run.model.parameters())
-    return (peak + fixed) / 2**20
-
-
 def measure(config: dict, device: torch.device, images: Tensor) -> dict:
     """What --json prints: of the run, and in "ways" what each of them costs."""
     size, timed = config["batch_size"], ways(config, device)
@@ -136,13 +107,11 @@ def measure(config: dict, device: torch.device, images: Tensor) -> dict:
         for rows in shuffled(images, size, config["seed"], epoch)[: len(images) // size]
     )
     seconds = seconds_per_batch(timed, batches)
-    x = to_input(next(batches).to(device))
     run, first = timed[list(timed)[-1]][0], median(next(iter(seconds.values())))
     result = {key: config[key] for key in ("arch", "size", "dataset", "batch_size")}
     result |= origin(device, run.dtype)
     result |= {"levels": run.model.levels, "cuda_graph": run.captured is not None, "ways": {}}
     for name, (run, update) in timed.items():
-        run.captured = None  # a replay shows neither operations nor memory
         low, middle, high = quantiles(seconds[name])
         result["ways"][name] = {
             "images_per_s": size / middle,
@@ -150,8 +119,6 @@ def measure(config: dict, device: torch.device, images: Tensor) -> dict:
             "updates_per_s": run.steps / middle,
             "ms_per_batch": 1e3 * middle,
             "ms_quartiles": [1e3 * low, 1e3 * high],
-            "peak_memory_mb": peak_memory(run, update, x),
-            "gflop_per_batch": operations(run, update, x) / 1e9,
         }
     return result | {"rounds": len(seconds[name])}
 
@@ -162,9 +129,9 @@ def table(result: dict) -> str:
     head = f"           images/s {'x ' + next(iter(result['ways'])):>9}  updates/s  ms/batch"
     graph = ", one CUDA graph a batch" * result["cuda_graph"]
     literal = ", literal in float32" * ("literal" in result["ways"])
-    lines = [about.format(graph, literal, **result), head + "       quartiles      MiB    GFLOP"]
+    lines = [about.format(graph, literal, **result), head + "       quartiles"]
     row = "{:>8} {images_per_s:10.0f} {times_first:9.2f} {updates_per_s:10.2f} {ms_per_batch:9.1f}"
-    row += " {:>15} {peak_memory_mb:8.0f} {gflop_per_batch:8.2f}"
+    row += " {:>15}"
     for name, way in result["ways"].items():
         quartiles = "{:.1f} to {:.1f}".format(*way["ms_quartiles"])
         lines.append(row.format(name, quartiles, **way))

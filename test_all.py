@@ -2830,12 +2830,11 @@ def test_the_literal_algorithm_makes_the_stepwise_updates(monkeypatch, arch, ski
 def test_bench(few, monkeypatch, capsys):
     for name, value in (("WARM_UP", 1), ("ROUNDS", 3), ("SECONDS", 0)):
         monkeypatch.setattr(bench, name, value)
-    names, results = ["literal", "stepwise", "joint", "sampled", "elbo"], []
+    names = ["literal", "stepwise", "joint", "sampled", "elbo"]
     for size in (16, 32):
         bench.main(["--json", *TINY, "--batch-size", str(size)])
         result = json.loads(capsys.readouterr().out)
         ways = result["ways"]
-        results.append(ways)
         assert list(ways) == names and result["rounds"] == 3
         assert (result["levels"], result["batch_size"], result["dtype"]) == (2, size, "float32")
         for name, way in ways.items():
@@ -2844,32 +2843,11 @@ def test_bench(few, monkeypatch, capsys):
             assert way["updates_per_s"] == pytest.approx(1e3 * steps / ms)
             assert way["times_first"] == pytest.approx(ways["literal"]["ms_per_batch"] / ms)
             assert way["ms_quartiles"][0] <= ms <= way["ms_quartiles"][1]
-        work = [ways[name]["gflop_per_batch"] for name in names[:4]]
-        assert work == sorted(work, reverse=True) and len(set(work)) == 4
-    for name in names:  # twice the images are twice the work, and need more memory
-        one, two = (ways[name] for ways in results)
-        assert two["gflop_per_batch"] == pytest.approx(2 * one["gflop_per_batch"], rel=0.02)
-        assert two["peak_memory_mb"] > one["peak_memory_mb"]
     biva, aae = ["--arch", "biva"], ["--arch", "aae", "--latents", "4"]
     for flags, shown in ((biva, ["elbo"]), (aae, ["aae"]), (["--ivae"], [*names, "ivae"])):
         bench.main([*TINY, "--batch-size", "16", *flags])
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:]] == shown
     fails(capsys, ["--batch-size", "301"], "--batch-size 301: there are 300 images$", bench.main)
-
-
-def test_operations_and_memory_of_a_known_network():
-    """One layer: 2 n m b operations forward, and again for the weights."""
-    run, x = run_of(), torch.ones(64, 784)
-    run.model = torch.nn.Linear(784, 1000, bias=False)
-
-    def update(run, x):
-        run.model(x.clone()).sum().backward()
-
-    assert bench.operations(run, update, x) == 2 * 2 * 784 * 1000 * 64
-    # Parameters, two moments and the gradient, the images, and the layer's output, whose gradient
-    # is one number.
-    numbers = 4 * 784_000 + 64 * 784 + 64 * 1000
-    assert bench.peak_memory(run, update, x) == pytest.approx(4 * numbers / 2**20, rel=0.05)
 
 
 # --------------------------------------------------------------------------------------------------
