@@ -111,7 +111,7 @@ def measure(config: dict, device: torch.device, images: Tensor) -> dict:
     result = {key: config[key] for key in ("arch", "size", "dataset", "batch_size")}
     result |= origin(device, run.dtype)
     result |= {"levels": run.model.levels, "cuda_graph": run.captured is not None, "ways": {}}
-    for name, (run, update) in timed.items():
+    for name, (run, _) in timed.items():
         low, middle, high = quantiles(seconds[name])
         result["ways"][name] = {
             "images_per_s": size / middle,
