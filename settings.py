@@ -53,74 +53,75 @@ def parser() -> Parser:
         "prints what it takes and keeps it in config.json.",
     )
     # fmt: off
-    p.add_argument("--arch", choices=models.ARCHS,
-                   help="hvae: bottom-up inference; lvae: top-down (default); the baselines vae "
-                   "and aae (adversarial autoencoder): one level; biva: both ways")
-    p.add_argument("--rl", action="store_true", help="maximise the Q-value instead of the ELBO")
-    p.add_argument("--ivae", action="store_true",
-                   help="maximise the objective of the informative hierarchical VAE (Eq. 39)")
-    p.add_argument("--gamma", type=float, help="discount of later rewards, 0 to 1 (default 0.9)")
-    p.add_argument("--update", choices=UPDATES,
-                   help="with --rl: stepwise is Algorithm 1, a step for each Q_t; joint is one for "
-                   "their sum; sampled is one for an unbiased estimate of the sum, one path an "
-                   "image. --ivae has the last two")
-    p.add_argument("--skip", choices=("mean", "sample"),
-                   help="skip paths take the priors' means (default) or a sample of each")
-    p.add_argument("--pay", choices=("inferred", "own"),
-                   help="what a step's reward pays: the KL of all levels inferred until then "
-                   "(Eq. 24), or that of its own level alone")
-    p.add_argument("--dataset", choices=tuple(SHAPES), help="default digits, never downloaded")
-    p.add_argument("--data-dir", help="folder of the data sets (default data)")
-    p.add_argument("--image-size", type=int,
-                   help="side of the images of --dataset folder (default 32)")
-    p.add_argument("--unlabelled", action="store_true",
-                   help="train on the 100,000 unlabelled images of stl10")
-    p.add_argument("--threshold", action="store_true",
-                   help="make grey images black and white once, at half, instead of binarising "
-                   "them anew at every use")
-    p.add_argument("--validation", action="store_true",
-                   help="measure on the last 10,000 training images, at most a fifth, or on evenly "
-                   "spaced ones where classes come in order; train on the rest: to choose by")
-    p.add_argument("--train-images", type=int, metavar="N",
-                   help="train, and fit the probe, on the first N training images, or on "
-                   "evenly spaced ones where classes come in order")
-    p.add_argument("--size", choices=tuple(models.PRESETS),
-                   help="paper: its network and training; small: for two CPU cores (default); "
-                   "best: an hour or two on one, grey images by twice the channels, colour by "
-                   "wider latents and --pay own; "
-                   "deep: ten levels of 60,000 grey images, by --pay own and other initial weights")
-    p.add_argument("--latents", help="bottom to top, 8 dense and 8c convolutional: 8c,64,32,16,8")
-    p.add_argument("--levels", type=int,
-                   help="1 to 10; other than the preset's: grey 8 dimensions at the top, "
-                   "doubling downwards to at most 128; colour repeats the lowest")
-    p.add_argument("--channels", type=int, help="feature maps of every layer")
-    p.add_argument("--mean-field", action="store_true",
-                   help="lvae without its merge: posteriors q(z_l|x) do not see the sample above")
-    p.add_argument("--epochs", type=int, help="passes over the training images")
-    p.add_argument("--batch-size", type=int, help="images an update")
-    p.add_argument("--lr", type=float, help="Adam's learning rate")
-    p.add_argument("--schedule", choices=("constant", "cosine"),
-                   help="of the learning rate; cosine falls to 0 at the end")
-    p.add_argument("--ema", type=float, metavar="DECAY",
-                   help="measure a moving average of the weights; 0: the weights")
-    p.add_argument("--warmup", type=int, help="epochs in which the KL's weight rises from 0 to 1")
-    p.add_argument("--free-bits", type=float, help="nats of each level's KL that cost nothing")
-    p.add_argument("--free-bits-epochs", type=int, help="epochs of free bits (default: all)")
-    p.add_argument("--seed", type=int, help="of initialisation, batches and noise (default 0)")
-    p.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
-                   help="of the network's arithmetic; auto: bfloat16 where the processor has it")
-    p.add_argument("--out",
-                   help="the run's folder (default runs/<dataset>-<arch>[-rl|-ivae]-<seed>)")
-    p.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    p.add_argument("--resume", nargs="?", const=True, metavar="RUN",
-                   help="go on with RUN (or --out) from its checkpoint; --epochs may be raised")
-    p.add_argument("--eval-every", type=int, metavar="N",
-                   help="measure KL, ELBO and the probe of z_L (fitted on 10,000 images) every N "
-                   "epochs (default 0: only at the end)")
-    p.add_argument("--probe", choices=("every", "top"),
-                   help="at the end: every level and all together (default), or z_L alone, which "
-                   "is much sooner done")
+    a = p.add_argument_group("what to train").add_argument
+    a("--arch", choices=models.ARCHS,
+      help="hvae infers bottom-up, lvae (default) top-down, biva both ways. vae and aae, "
+      "the adversarial autoencoder, have one level.")
+    a("--rl", action="store_true", help="Maximise the Q-value instead of the ELBO.")
+    a("--ivae", action="store_true",
+      help="Maximise the objective of the informative hierarchical VAE (Eq. 39).")
+    a("--gamma", type=float, help="Later rewards are discounted by this, 0 to 1 (default 0.9).")
+    a("--update", choices=UPDATES,
+      help="stepwise is Algorithm 1, with a step for each Q_t. joint makes one step for their sum. "
+      "sampled makes one for an unbiased estimate of the sum, with one path an image.")
+    a("--skip", choices=("mean", "sample"),
+      help="Skip paths take the priors' means (default) or a sample of each.")
+    a("--pay", choices=("inferred", "own"),
+      help="A step's reward pays the KL of all levels inferred until then (Eq. 24), or that of its "
+      "own level alone.")
+    a = p.add_argument_group("data").add_argument
+    a("--dataset", choices=tuple(SHAPES), help="The default is digits, which needs no download.")
+    a("--data-dir", help="The data sets lie in this folder (default data).")
+    a("--image-size", type=int,
+      help="The images of --dataset folder get this side (default 32).")
+    a("--unlabelled", action="store_true",
+      help="Train on the 100,000 unlabelled images of stl10.")
+    a("--threshold", action="store_true",
+      help="Make grey images black and white once, at half, instead of binarising them anew at "
+      "every use.")
+    a("--validation", action="store_true",
+      help="Measure on the last 10,000 training images, at most a fifth, and train on the rest. "
+      "Where classes come in order, evenly spaced images are taken.")
+    a("--train-images", type=int, metavar="N",
+      help="Train, and fit the probe, on the first N training images. Where classes come in order, "
+      "evenly spaced images are taken.")
+    a = p.add_argument_group("network").add_argument
+    a("--size", choices=tuple(models.PRESETS),
+      help="small (default) suits two CPU cores. best takes an hour or two on one. deep has ten "
+      "levels, for 60,000 grey images. paper is the paper's network and training.")
+    a("--latents",
+      help="Name the latents from the bottom up, 8 dense and 8c convolutional: 8c,64,32,16,8.")
+    a("--levels", type=int,
+      help="Take 1 to 10 levels. Grey ones have 8 dimensions at the top, doubling downwards to at "
+      "most 128; colour repeats the lowest.")
+    a("--channels", type=int, help="Every layer has so many feature maps.")
+    a("--mean-field", action="store_true",
+      help="Leave out the merge of lvae: its posteriors q(z_l|x) do not see the sample above.")
+    a = p.add_argument_group("training").add_argument
+    a("--epochs", type=int, help="Pass so many times over the training images.")
+    a("--batch-size", type=int, help="Take so many images an update.")
+    a("--lr", type=float, help="Adam has this learning rate.")
+    a("--schedule", choices=("constant", "cosine"),
+      help="The learning rate stays, or falls to 0 at the end.")
+    a("--ema", type=float, metavar="DECAY",
+      help="Measure a moving average of the weights; 0 measures the weights.")
+    a("--warmup", type=int, help="The KL's weight rises from 0 to 1 in so many epochs.")
+    a("--free-bits", type=float, help="So many nats of each level's KL cost nothing.")
+    a("--free-bits-epochs", type=int, help="Free bits end after so many epochs (default: never).")
+    a("--seed", type=int, help="It decides initialisation, batches and noise (default 0).")
+    a("--device", help="Choose auto (default), cpu, cuda or cuda:N.")
+    a("--dtype", choices=("auto", "float32", "bfloat16"),
+      help="The network computes in this; auto is bfloat16 where the processor has it.")
+    a = p.add_argument_group("run and evaluation").add_argument
+    a("--out", help="The run's folder (default runs/<dataset>-<arch>[-rl|-ivae]-<seed>).")
+    a("--overwrite", action="store_true", help="Replace the run that --out holds.")
+    a("--resume", nargs="?", const=True, metavar="RUN",
+      help="Go on with RUN, or --out, from its checkpoint; --epochs may be raised.")
+    a("--eval-every", type=int, metavar="N",
+      help="Measure KL, ELBO and the probe of z_L, fitted on 10,000 images, every N epochs "
+      "(default 0: only at the end).")
+    a("--probe", choices=("every", "top"),
+      help="Probe every level and all together at the end (default), or z_L alone, much sooner.")
     # fmt: on
     return p
 
