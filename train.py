@@ -300,7 +300,7 @@ def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float, bar: tqdm)
         text += f", z_L probe {test['probe']:.2f} %" if "probe" in test else ""
     run.metrics.append(line)
     if FIRST and (measure or run.epoch % max(1, run.config["epochs"] // 20) == 0):
-        bar.write(text)
+        say(text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -356,6 +356,13 @@ def prepare(flags: dict, held: contextlib.ExitStack) -> tuple[dict, dict | None]
     return config, state
 
 
+def say(*lines: str) -> None:
+    """Prints lines. A pipe that the reader has closed costs them, and not the training."""
+    with contextlib.suppress(BrokenPipeError):
+        tqdm.write("\n".join(lines))
+        sys.stdout.flush()
+
+
 def introduce(run: Run, data: Data) -> None:
     """Prints what is about to be trained, and what the paper trains."""
     c, m = run.config, run.model.config
@@ -371,7 +378,7 @@ def introduce(run: Run, data: Data) -> None:
     processes = f", one of {SIZE} processes" if SIZE > 1 else ""
     measured = "validation" if c["validation"] else "test"
     training = "{epochs} epochs, Adam at {lr:g}, warm-up {warmup}, {free_bits} nats free bits"
-    print(
+    say(
         f"model     {c['arch']}, {c['size']}, levels {','.join(m.latents)} from the pixels up, "
         f"{m.channels} channels, {parameters:.2f} M parameters",
         f"objective {objective.format(**c)}{stepwise}",
@@ -381,8 +388,6 @@ def introduce(run: Run, data: Data) -> None:
         f"device    {run.device}, {str(run.dtype).removeprefix('torch.')}{graph}{processes}",
         f"paper     {objective.format(**paper)}: {training.format(**paper)} (--size paper)",
         f"writes to {run.folder} every minute: Ctrl-C stops, --resume {run.folder} goes on",
-        sep="\n",
-        flush=True,
     )
 
 
@@ -413,12 +418,11 @@ def command(flags: dict, held: contextlib.ExitStack) -> None:
     if SIZE > 1:
         dist.destroy_process_group()
     if FIRST:
-        print("evaluating", flush=True)
+        say("evaluating")
         about = config | {"epoch": run.epoch, "updates": run.updates}
         kept = evaluate.kept_evaluation(run.folder, run.measured, data, about)
         result = evaluate.evaluate(run.measured, data, kept, probe=config["probe"])
-        print(f"trained for {run.epoch} epochs in {run.seconds:.0f} s")
-        print(evaluate.table(result))
+        say(f"trained for {run.epoch} epochs in {run.seconds:.0f} s", evaluate.table(result))
         write_json(run.folder / "eval.json", result)
 
 
@@ -434,11 +438,11 @@ def begin(run: Run, data: Data, state: dict | None, flags: dict) -> None:
     run.write_beside()  # after a crash they may be of another state or run
     introduce(run, data)
     for flag in idle(config, flags):
-        print(f"note      --{flag.replace('_', '-')} has no effect here")
+        say(f"note      --{flag.replace('_', '-')} has no effect here")
     was, now = (rate_factor(c, run.epoch) for c in (before, config))
     if now > was:
-        print(f"note      the learning rate rises from {was:.2f} to {now:.2f} times --lr, since "
-              "the cosine ends with the last epoch")  # fmt: skip
+        rises = f"note      the learning rate rises from {was:.2f} to {now:.2f} times --lr, since "
+        say(rises + "the cosine ends with the last epoch")
 
 
 def main(argv: list[str] | None = None) -> None:
