@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors, and batches of them.
+"""Data sets as uint8 tensors, and batches of them. What only one data set needs is imported there.
 
 Data sets are read below a data folder in their official layout, or downloaded there. A zip is
 unpacked beside itself. What is decoded or resized is kept in decoded/ below the data folder.
@@ -7,6 +7,7 @@ unpacked beside itself. What is decoded or resized is kept in decoded/ below the
 import gzip
 import os
 import socket
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -16,14 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
-from torchvision.transforms.v2.functional import resize
 
-from files import BLOCK, UserError, cached, decoded, pictures
+from files import BLOCK, UserError, cached, decoded, pictures, stamp
 
 
 class Data(NamedTuple):
@@ -109,6 +105,7 @@ def load(
         data = _celeba(folder, download)
     else:
         data = _folder(folder, side)
+    data = Data(*(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in data))
     if threshold:
         train, test = ((images > 127).to(torch.uint8) * 255 for images in (data.train, data.test))
         data = data._replace(train=train, test=test)
@@ -119,18 +116,18 @@ def load(
         if count == 0:
             raise UserError(f"--validation: {n} training images are too few, take 5 or more")
         held_out[evenly(n, count) if by_class else slice(n - count, n)] = True
-        images, labels = data.train, data.train_labels
-        data = data._replace(train=images[~held_out], test=images[held_out])
-        if labels is not None:
-            data = data._replace(train_labels=labels[~held_out], test_labels=labels[held_out])
-    if train_images is None:
-        return data
-    if train_images > len(data.to_train_on):
-        raise UserError(f"--train-images {train_images}: there are {len(data.to_train_on):,}")
-    rows = evenly(len(data.train), train_images) if by_class else slice(train_images)
-    parts = (data.train, data.train_labels, data.unlabelled)
-    images, labels, more = (part if part is None else part[rows] for part in parts)
-    return data._replace(train=images, train_labels=labels, unlabelled=more)
+        parts = [[x if x is None else x[rows] for x in data[:2]] for rows in (~held_out, held_out)]
+        data = Data(*parts[0], *parts[1], *data[4:])
+    if train_images is not None:
+        if train_images > len(data.to_train_on):
+            raise UserError(f"--train-images {train_images}: there are {len(data.to_train_on):,}")
+        rows = evenly(len(data.train), train_images) if by_class else slice(train_images)
+        parts = [x if x is None else x[rows] for x in (*data[:2], data.unlabelled)]
+        data = Data(*parts[:2], *data[2:5], parts[2])
+    for split, labels in (("training", data.train_labels), ("test", data.test_labels)):
+        if lost := [label for k, label in enumerate(data.classes) if k not in labels]:
+            print(f"note      classes without {split} images: {lost[:5]}", file=sys.stderr)
+    return data
 
 
 def evenly(images: int, n: int) -> Tensor:
@@ -172,7 +169,7 @@ def _unpack(archive: Path) -> None:
     folder = archive.with_suffix("")
     with tempfile.TemporaryDirectory(dir=archive.parent, suffix=".tmp") as temporary:
         try:
-            extract_archive(archive, temporary)
+            zipfile.ZipFile(archive).extractall(temporary)
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
             raise UserError(f"{archive} cannot be unpacked ({error}): get it again") from None
         if not folder.exists():  # another process may have unpacked it, too
@@ -180,6 +177,9 @@ def _unpack(archive: Path) -> None:
 
 
 def _digits() -> Data:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)  # (1797, 64), values 0 to 16
     images = torch.from_numpy(images).float().view(-1, 1, 8, 8) * (255 / 16)
     images = torch.nn.functional.interpolate(images, size=(28, 28), mode="bilinear")
@@ -197,6 +197,8 @@ IDX = {  # of MNIST and FashionMNIST
 
 
 def _mnist(name: str, data_dir: Path, download: bool) -> Data:
+    from torchvision import datasets
+
     kind = {"mnist": datasets.MNIST, "fashionmnist": datasets.FashionMNIST}[name]
     raw = data_dir / kind.__name__ / "raw"
     folders = [raw, data_dir, DEBIAN_FASHION][: 3 if name == "fashionmnist" else 2]
@@ -222,6 +224,8 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
         array = np.frombuffer(raw.removeprefix(header), np.uint8).reshape(shape)
+        if len(shape) == 1 and array.max() > 9:
+            raise ValueError(f"a label is {array.max()}")
     except (OSError, EOFError, zlib.error, ValueError) as error:
         what = f"{path} is not a whole IDX file of shape {shape} ({error})"
         raise UserError(f"{what}: delete it and get it again") from None
@@ -233,6 +237,8 @@ def _torchvision(name: str, kind: type, data_dir: Path, download: bool, **split)
     try:
         return kind(str(data_dir), **split)
     except (RuntimeError, OSError):
+        from torchvision.datasets.utils import check_integrity
+
         base, listed = data_dir / kind.base_folder, [*kind.train_list, *kind.test_list]
         odd = ", ".join(file for file, md5 in listed if not check_integrity(base / file, md5))
         lacking = f"{base} lacks {odd or 'a file'}, or it is damaged"
@@ -240,6 +246,8 @@ def _torchvision(name: str, kind: type, data_dir: Path, download: bool, **split)
 
 
 def _cifar(name: str, data_dir: Path, download: bool) -> Data:
+    from torchvision import datasets
+
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     tensors = []
     for train in (True, False):
@@ -250,6 +258,9 @@ def _cifar(name: str, data_dir: Path, download: bool) -> Data:
 
 
 def _stl10(data_dir: Path, download: bool, unlabelled: bool) -> Data:
+    from torchvision import datasets
+    from torchvision.transforms.v2.functional import resize
+
     class Kind(datasets.STL10):  # its 2.6 GB of unlabelled images only where they are asked for
         train_list = datasets.STL10.train_list[: 3 if unlabelled else 2]
 
@@ -257,25 +268,24 @@ def _stl10(data_dir: Path, download: bool, unlabelled: bool) -> Data:
     if not all((base / file).is_file() for file, _ in [*Kind.train_list, *Kind.test_list]):
         _torchvision("stl10", Kind, data_dir, download, split="test")
 
-    def resized(split: str) -> Tensor:
+    def resized(split: str) -> np.ndarray:
         def blocks() -> Iterator[np.ndarray]:  # of images (N, 3, 96, 96)
             images = _torchvision("stl10", Kind, data_dir, False, split=split).data
             for start in range(0, len(images), BLOCK):
                 part = torch.from_numpy(images[start : start + BLOCK])
                 yield resize(part, [32, 32], antialias=True).numpy()
 
-        stat = (base / f"{split}_X.bin").stat()
-        shape = (stat.st_size // (3 * 96 * 96), 3, 32, 32)
-        path = data_dir / "decoded" / f"stl10-{split}.npy"
-        return cached(path, shape, f"{stat.st_size} {stat.st_mtime_ns}", blocks())
+        source, path = base / f"{split}_X.bin", data_dir / "decoded" / f"stl10-{split}.npy"
+        shape = (source.stat().st_size // (3 * 96 * 96), 3, 32, 32)
+        return cached(path, shape, stamp(source), blocks())
 
     tensors = []
     for split in ("train", "test"):
         images = resized(split)
         labels = torch.from_numpy(np.fromfile(base / f"{split}_y.bin", np.uint8)).long() - 1
-        if len(labels) != len(images):
+        if len(labels) != len(images) or not 0 <= labels.min() <= labels.max() < 10:
             raise _wrong(
-                "stl10", data_dir, f"{len(labels)} {split} labels for {len(images)} images"
+                "stl10", data_dir, f"{split}_y.bin needs {len(images)} labels from 1 to 10"
             )
         tensors += [images, labels]
     classes = tuple((base / Kind.class_names_file).read_text().split())
@@ -290,6 +300,8 @@ def _tinyimagenet(data_dir: Path, download: bool) -> Data:
             lacking = f"neither {folder} nor {archive} is there"
             if not download:
                 raise _wrong("tinyimagenet", data_dir, lacking)
+            from torchvision.datasets.utils import download_url
+
             url = f"http://cs231n.stanford.edu/{archive.name}"
             md5 = "90528d7ca1a48142e341f4ef8d21d0de"
             _get("tinyimagenet", data_dir, lacking, download_url, url, data_dir, archive.name, md5)
@@ -306,7 +318,7 @@ def _tinyimagenet(data_dir: Path, download: bool) -> Data:
     test = pictures(root / "val/images")
     if odd := sorted(set(test) ^ {file for file, wnid in wnid_of.items() if wnid in label_of}):
         raise _wrong("tinyimagenet", data_dir, f"{root}/val lacks {odd[0]} or its annotation")
-    words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text().splitlines())
+    words = dict(row.partition("\t")[::2] for row in (root / "words.txt").read_text().split("\n"))
     kept = data_dir / "decoded"
     return Data(
         decoded(root / "train", train, 64, None, kept / "tinyimagenet-train.npy"),
@@ -325,11 +337,16 @@ def _celeba(data_dir: Path, download: bool) -> Data:
     lists = ("list_eval_partition.txt", "list_eval_partition.csv")
     if not (find(*lists) and find("img_align_celeba", "img_align_celeba.zip")):
         lacking = f"{data_dir}/celeba lacks list_eval_partition.txt or img_align_celeba"
+        from torchvision import datasets
+
         _get("celeba", data_dir, lacking, datasets.CelebA, str(data_dir), download=download)
     if not find("img_align_celeba"):
         _unpack(find("img_align_celeba.zip"))
     partition, root = find(*lists), find("img_align_celeba")
-    rows = [line.replace(",", " ").split() for line in partition.read_text().splitlines()]
+    lines = partition.read_text(errors="replace").splitlines()
+    rows = [line.replace(",", " ").split() for line in lines if line.strip()]
+    if odd := [row for row in rows if row[1:] not in (["0"], ["1"], ["2"], ["partition"])]:
+        raise UserError(f"{partition} has the line {odd[0]}: get it again")
     path_of = {name.rpartition("/")[2]: name for name in pictures(root)}
     images = []
     for split, number in (("train", "0"), ("test", "2")):  # 1: validation
@@ -366,16 +383,17 @@ def _folder(root: Path, side: int) -> Data:
 def place(data: Data, device: torch.device) -> Data:
     """The data with their images in the memory of a CUDA device, where they take at most a quarter
     of what is free there. Otherwise they stay, and go there batch by batch. Labels always stay."""
-    fields = ("train", "test", "unlabelled")
-    images = {field: getattr(data, field) for field in fields if getattr(data, field) is not None}
+    images = {f: t for f, t in data._asdict().items() if isinstance(t, Tensor) and t.ndim == 4}
     size = sum(t.numel() for t in images.values())
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 4:
         return data
-    return data._replace(**{field: t.to(device) for field, t in images.items()})
+    return data._replace(**{f: t.to(device) for f, t in images.items()})
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 images to float32 in [0, 1]."""
+    """uint8 images to float32 in [0, 1]; TypeError for others, which may be in [0, 1] already."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, not {images.dtype}")
     return images.float() / 255
 
 

@@ -6,19 +6,19 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+PICTURE = re.compile(r"\.(jpe?g|jfif|png|gif|webp|avif|bmp|p[gp]m|tiff?)$", re.I)
+JUNK = re.compile(r"\.|(@eaDir|__MACOSX|#recycle|lost.found|Thumbs.db|\w+_boxes.txt)$", re.I)
 BLOCK = 512  # images decoded together
 
 
@@ -37,14 +37,22 @@ class Parser(argparse.ArgumentParser):
 def one_line(parser: Parser) -> Iterator[None]:
     """The edge of a command. What its user can mend ends in one line and exit status 2.
 
-    That is a UserError, a file that cannot be read or written, or too little memory. Ctrl-C ends
-    with status 130. Any other exception is a bug and keeps its traceback.
+    That is a UserError, a file that cannot be read or written, or too little memory. Ctrl-C or a
+    closed pipe ends with status 130. Any other exception is a bug and keeps its traceback.
     """
-    advice = "make room or name another place; what was written before is kept"
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed from the start
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")
+    advice = "make room, allow it or name another place; what was written before is kept"
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         parser.error(str(error))
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise SystemExit(130) from None
     except OSError as error:
         name, reason = error.filename or "a file", error.strerror or error
         parser.error(f"cannot read or write {name}: {reason}: {advice}")
@@ -56,8 +64,12 @@ def one_line(parser: Parser) -> Iterator[None]:
         if "inline_container" in text:  # torch.save on a full disk
             parser.error(f"cannot write a checkpoint: {advice}")
         raise
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # at exit it would fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager
@@ -103,52 +115,80 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def pictures(root: Path) -> list[str]:
-    """The picture files below a folder, by their relative names in sorted order."""
-    names = []
-    for folder, _, files in os.walk(root, followlinks=True):
-        base = Path(folder).relative_to(root)
-        for file in files:  # macOS leaves a ._NAME beside each NAME
-            if file.lower().endswith(PICTURES) and not file.startswith("._"):
-                names.append((base / file).as_posix())
+    """The picture files below a folder, by their relative names in sorted order. Other files and
+    empty folders are named. Links to a folder above are not followed."""
+    names, others, errors = [], [], []
+    for folder, inner, files in os.walk(root, onerror=errors.append, followlinks=True):
+        here = Path(folder)
+        above = {a for p in (here, *here.parents) for a in (p.resolve(), *p.resolve().parents)}
+        inner[:] = [i for i in inner if not JUNK.match(i) and (here / i).resolve() not in above]
+        files = [here / file for file in files if not JUNK.match(file)]
+        for path in files or [here] * (not inner and here != root):
+            part = names if PICTURE.search(path.name) and path.is_file() else others
+            part.append(path.relative_to(root).as_posix())
+    if errors and root.exists():
+        raise UserError(f"cannot read {errors[0].filename} ({errors[0].strerror}): allow it")
+    bare = {o.partition("/")[0] for o in others} - {n.partition("/")[0] for n in names}
+    if first := [*sorted(bare), *sorted({*others} - bare)][:9]:
+        print(f"note      {root}: {len(others)} left out, no pictures: {first}", file=sys.stderr)
     return sorted(names)
 
 
-def decoded(root: Path, names: list[str], side: int, crop: int | None, kept: Path) -> Tensor:
-    """The named pictures of a folder as uint8 (N, 3, side, side), kept in a file.
+def stamp(path: Path) -> str:
+    """A file's size and time, which change with its content."""
+    return "{0.st_size} {0.st_mtime_ns}".format(path.stat()) if path.is_file() else ""
 
-    They are decoded again when a picture is new or gone, or has another size or time.
-    """
-    paths = [root / name for name in names]
-    stats = [path.stat() for path in paths]
-    lines = [f"{n} {(s.st_size, s.st_mtime_ns)}\n" for n, s in zip(names, stats, strict=True)]
-    signature = hashlib.sha256(f"{side} {crop}\n{''.join(lines)}".encode()).hexdigest()
-    with ThreadPoolExecutor() as pool:
-        parts = (paths[i : i + BLOCK] for i in range(0, len(paths), BLOCK))
-        blocks = (np.stack([*pool.map(decode, p, repeat(side), repeat(crop))]) for p in parts)
-        return cached(kept, (len(paths), 3, side, side), signature, blocks)
+
+def decoded(root: Path, names: list[str], side: int, crop: int | None, kept: Path) -> np.ndarray:
+    """The named pictures of a folder as uint8 (N, 3, side, side), kept in a file. They are decoded
+    again when a picture is new or gone, or has another size or time."""
+    lines = [f"{name} {stamp(root / name)}\n" for name in names]
+    source = f"{side} {crop}\n{''.join(lines)}".encode(errors="surrogateescape")
+
+    def blocks() -> Iterator[np.ndarray]:
+        odd = []
+        with ThreadPoolExecutor() as pool:
+            for i in range(0, len(names), BLOCK):
+                tasks = [pool.submit(decode, root / n, side, crop) for n in names[i : i + BLOCK]]
+                odd += [str(task.exception()) for task in tasks if task.exception()]
+                if not odd:
+                    yield np.stack([task.result() for task in tasks])
+        if odd:
+            what = f"{len(odd)} of {len(names)} pictures are damaged: {', '.join(odd[:5])}"
+            raise UserError(f"{what}: get them again or delete them")
+
+    return cached(kept, (len(names), 3, side, side), hashlib.sha256(source).hexdigest(), blocks())
 
 
 def decode(path: Path, side: int, crop: int | None) -> np.ndarray:
     """A picture as uint8 (3, side, side): the middle square, of `crop` pixels or as large as fits,
-    resized (bilinear, antialiased). A grey one gets three equal channels."""
+    resized (bilinear, antialiased). It is turned as its EXIF data say, 16 bits are scaled to 8, and
+    what is transparent shows grey. Of several frames it is the first."""
     try:
         with Image.open(path) as picture:
-            width, height = picture.size
-            square = min(width, height, crop or width)
-            left, top = (width - square) // 2, (height - square) // 2
-            box = (left, top, left + square, top + square)
-            rgb = picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box)
+            ImageOps.exif_transpose(picture, in_place=True)
+            if picture.mode[0] in "IF":  # more than 8 bits; a TIFF's bits, zero and kind of number
+                tags = {258: (16,), 262: 1, 339: (1,)} | dict(getattr(picture, "tag_v2", {}))
+                if (tags[258], tags[262], tags[339]) != ((16,), 1, (1,)):
+                    raise ValueError("neither 8 nor 16 bits from black to white: save it so")
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            grey = Image.new("RGBA", picture.size, (128, 128, 128))
+            seen = picture.has_transparency_data
+            rgb = Image.alpha_composite(grey, picture.convert("RGBA")) if seen else picture
+            rgb = rgb.convert("RGB")
+            square = min(*rgb.size, crop or rgb.width)
+            x, y = ((length - square) // 2 for length in rgb.size)
+            rgb = rgb.resize((side, side), Image.BILINEAR, (x, y, x + square, y + square))
     except Exception as error:  # Pillow raises many kinds for damaged files
-        what = f"{path} is not a whole image ({error})"
-        raise UserError(f"{what}: get it again or delete it") from None
+        raise UserError(f"{path} ({error})") from None
     return np.asarray(rgb).transpose(2, 0, 1)
 
 
-def cached(path: Path, shape: tuple, signature: str, blocks: Iterable[np.ndarray]) -> Tensor:
+def cached(path: Path, shape: tuple, signature: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
     """The uint8 array of a .npy file, memory-mapped; writing to it never reaches the file. It is
-    made of `blocks`, in order, unless its .source file already holds this signature."""
+    made of `blocks`, in order, unless its .source file has this signature and the array's stamp."""
     mark = path.with_suffix(".source")
-    if not (path.is_file() and mark.is_file() and mark.read_text() == signature):
+    if not mark.is_file() or mark.read_bytes() != f"{signature} {stamp(path)}".encode():
         path.parent.mkdir(parents=True, exist_ok=True)
         mark.unlink(missing_ok=True)
         own = path.with_suffix(f".{os.getpid()}")  # another process may be making it, too
@@ -159,5 +199,5 @@ def cached(path: Path, shape: tuple, signature: str, blocks: Iterable[np.ndarray
             for block in tqdm(blocks, f"decoding {path.stem}", total, leave=False, disable=None):
                 file.write(block.tobytes())
         os.replace(own, path)
-        mark.write_text(signature)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+        mark.write_text(f"{signature} {stamp(path)}")
+    return np.load(path, mmap_mode="c")

@@ -1276,7 +1276,7 @@ def test_stl10(tmp_path, monkeypatch):
     assert d.unlabelled is None and d.to_train_on is d.train
     refuses("lacks unlabeled_X.bin", "stl10", tmp_path, unlabelled=True)
     write(folder / "train_y.bin", bytes([1, 2]))
-    refuses("2 train labels for 6 images", "stl10", tmp_path)
+    refuses("train_y.bin needs 6 labels from 1 to 10", "stl10", tmp_path)
 
 
 def write_tinyimagenet(root: Path, patch=None) -> Path:
@@ -1440,7 +1440,7 @@ MISTAKES = [  # in a whole data set, whose folder is f
     ("folder", lambda f: draw(f / "train/x.png", 0), "train has images beside the class folders"),
     ("folder", lambda f: (f / "test/b").rename(f / "test/d"), "test has the class 'd', .*train"),
     ("folder", lambda f: draw(f / "test/x.png", 0), "test has images outside the class folders"),
-    ("folder", lambda f: os.truncate(f / "train/b/1.jpg", 200), "b/1.jpg is not a whole image"),
+    ("folder", lambda f: os.truncate(f / "train/b/1.jpg", 200), r"1 of 5 pictures are damaged: .*b/1.jpg \("),
 ]  # fmt: skip
 
 
@@ -2911,14 +2911,16 @@ NEEDS["probe"] = {"joblib", "numpy", "sklearn"}
 
 
 def test_imports_point_down():
-    """A file imports from files below it, at its top; four of them need torch or nothing."""
+    """A file imports from files below it, at its top; some need torch or nothing. What one function
+    alone needs of other packages may be imported in it, so that --help does not wait for it."""
     for position, name in enumerate(HOUSE):
         tree = ast.parse((HERE / f"{name}.py").read_text())
         nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
-        assert all(node in tree.body for node in nodes), f"{name} imports inside a function"
         names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
         names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
         names = {dotted.partition(".")[0] for dotted in names}
+        inside = {n.module for n in nodes if n not in tree.body and isinstance(n, ast.ImportFrom)}
+        assert not inside & set(HOUSE), f"{name} imports {inside} inside a function"
         assert not names & set(HOUSE[position:]), f"{name} imports {names & set(HOUSE[position:])}"
         assert name not in NEEDS or names <= sys.stdlib_module_names | NEEDS[name]
 
