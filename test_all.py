@@ -838,7 +838,7 @@ def test_probe_on_known_separability():
     assert probe(circle * 1e-4) < 60  # rounding noise of a collapsed level is not blown up
 
 
-def test_probe_of_many_classes(monkeypatch):
+def test_probe_of_many_classes():
     """Against scikit-learn's own pipeline in one piece: standardise, PCA, one-versus-one."""
     rng = np.random.default_rng(0)
     centres = rng.normal(0, 1, (30, 60))
@@ -846,6 +846,14 @@ def test_probe_of_many_classes(monkeypatch):
     z = (centres[labels] + rng.normal(0, 1.6, (1800, 60))) @ rng.normal(0, 0.3, (60, 60))
     z = np.float32(z + 3)
 
+    for kind in ("u1", "i8", "f2"):
+        assert probe((circle * 50 + 100).astype(kind)) == 100
+    names, holes = labels.astype(str).astype(object), np.where(circle > 0.9, np.nan, circle)
+    assert probe(circle[:, :1] > 0, circle[:, 0] > 0) == probe(circle, names) == 100
+    two = [(circle, y) for y in (labels[:, None], labels[:9], labels + 0.5, names)]
+    for wrong in (*two, (holes, labels), (circle[:, :1], labels), (overlap, labels)):
+        with pytest.raises(ValueError):
+            linear_probe(circle, labels, *wrong)
     def by_sklearn(a, ya, b, yb, *steps, **options):
         machine = OneVsOneClassifier(LinearSVC(dual=False, **options))
         return 100 * make_pipeline(StandardScaler(), *steps, machine).fit(a, ya).score(b, yb)
@@ -855,11 +863,11 @@ def test_probe_of_many_classes(monkeypatch):
     assert linear_probe(*many) == pytest.approx(expected, abs=0.5) and expected > 40
     few = [v[many[k] < 20] for v, k in zip(many, (1, 1, 3, 3), strict=True)]  # with all dimensions
     assert linear_probe(*few) == pytest.approx(by_sklearn(*few), abs=0.3)
-    wide, kept = rng.normal(size=(40, 513)), []  # of more than 512 the leading 256 components
-    monkeypatch.setattr("probe.principal_components", lambda *x: kept.append(x[2]) or x[:2])
-    for z in (wide[:, 1:], wide):
-        linear_probe(z, labels[:40] % 2, z, labels[:40] % 2)
-    assert kept == [256]
+    spread = rng.normal(size=(1800, 513)) * np.geomspace(3, 0.1, 513)  # classes differ where little
+    wide = rng.normal(size=(5, 513))[labels % 5] * 0.05 + spread @ rng.normal(size=(513, 513)) / 16
+    for dims, n, steps in ((513, 1200, [PCA(256, svd_solver="full")]), (512, 1200, [])):
+        whole = wide[:n, :dims], labels[:n] % 5, wide[n:, :dims], labels[n:] % 5
+        assert linear_probe(*whole) == pytest.approx(by_sklearn(*whole, *steps), abs=0.3)
 
 
 def test_probes_of_samples_and_of_binarised_images():
