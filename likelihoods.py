@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Independent
+from torch.distributions import Bernoulli, Distribution, Independent, constraints
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -25,12 +25,26 @@ def likelihood(raw: Tensor, channels: int, patch: int) -> Distribution:
     if channels > 1:
         return LogisticMixture(raw, channels, patch)
     logits = full_precision(F.pixel_shuffle(raw, patch))
-    return Independent(Bernoulli(logits=logits, validate_args=False), 3, validate_args=False)
+    return BinaryImages(Bernoulli(logits=logits, validate_args=False), 3, validate_args=False)
 
 
 def parameters_a_pixel(channels: int) -> int:
     """P of `likelihood`."""
     return 1 if channels == 1 else LogisticMixture.parameters(channels)
+
+
+def checked(x: Tensor, p: Distribution) -> Tensor:
+    """x; ValueError where p would broadcast or reshape it, or it has integers, perhaps 0 to 255."""
+    shape, got = tuple(p.batch_shape + p.event_shape), tuple(x.shape)
+    if got != shape or not x.is_floating_point():
+        raise ValueError(f"x must be floats in [0, 1] of shape {shape}, not {x.dtype} of {got}")
+    return x
+
+
+class BinaryImages(Independent):
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(B,): log p(x) of x (B, 1, H, W), in nats. ValueError by `checked`."""
+        return super().log_prob(checked(x, self))
 
 
 class LogisticMixture(Distribution):
@@ -46,14 +60,15 @@ class LogisticMixture(Distribution):
     [-1, 1], then the coefficients before their tanh. Below, N = H W pixels.
     """
 
+    arg_constraints = property(lambda self: {"raw": constraints.real})  # what repr shows
     COMPONENTS = 10
     MIN_LOG_SCALE, MAX_LOG_SCALE = -7.0, 7.0
     FAR = 1e30  # the outer edge of an open bin: finite, so that no gradient is inf times 0
     CHUNK = 2**13  # pixels whose likelihood is computed at once on a CPU: they fit its cache
 
     def __init__(self, raw: Tensor, channels: int, patch: int = 1, values: int = 256):
-        height, width = raw.shape[2] * patch, raw.shape[3] * patch
-        super().__init__(raw.shape[:1], (channels, height, width), validate_args=False)
+        shape = torch.Size((channels, raw.shape[2] * patch, raw.shape[3] * patch))
+        super().__init__(raw.shape[:1], shape, validate_args=False)
         self.raw, self.channels, self.patch, self.values = raw, channels, patch, values
 
     @classmethod
@@ -64,8 +79,8 @@ class LogisticMixture(Distribution):
     def _unpack(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor, list[list[Tensor]]]:
         """Log weights (B, K, N), means and log scales (B, K, C, N), and the coefficients [c][d]
         (B, K, N) with which channel d < c moves the mean of channel c."""
-        k, c = self.COMPONENTS, self.channels
-        raw = full_precision(raw).reshape(len(raw), self.parameters(c), -1)
+        k, c, n = self.COMPONENTS, self.channels, self.event_shape[1:].numel()
+        raw = full_precision(raw).reshape(len(raw), self.parameters(c), n)
         logits, means, log_scales, pairs = raw.split([k, k * c, k * c, k * c * (c - 1) // 2], 1)
         means, log_scales, pairs = (t.unflatten(1, (k, -1)) for t in (means, log_scales, pairs))
         pairs = iter(pairs.tanh().unbind(2))
@@ -74,8 +89,9 @@ class LogisticMixture(Distribution):
         return logits.log_softmax(1), means, log_scales, coefficients
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """(B,): log p(x) of x (B, C, H, W), in nats."""
-        x = F.pixel_unshuffle(x, self.patch).view(len(x), self.channels, -1)  # (B, C, N)
+        """(B,): log p(x) of x (B, C, H, W), in nats. ValueError by `checked`."""
+        x = F.pixel_unshuffle(checked(x, self), self.patch)
+        x = x.reshape(len(x), self.channels, -1)  # (B, C, N)
         if self.raw.device.type != "cpu" or x.requires_grad:
             return self._log_prob(self.raw, x)
         raw = self.raw.contiguous()  # pixels side by side: faster
@@ -85,26 +101,19 @@ class LogisticMixture(Distribution):
         log_weights, means, log_scales, coefficients = self._unpack(raw)
         half = 1 / (self.values - 1)  # of a bin
         x = 2 * x.unsqueeze(1) - 1  # (B, 1, C, N)
-        means = torch.stack(
-            [
-                sum((a * x[:, :, d] for d, a in enumerate(row)), start=means[:, :, c])
-                for c, row in enumerate(coefficients)
-            ],
-            dim=2,
-        )
+        terms = (map(torch.mul, row, x.unbind(2)) for row in coefficients)  # of channels before
+        means = torch.stack([sum(t, start=means[:, :, c]) for c, t in enumerate(terms)], dim=2)
         inverse = (-log_scales).exp()
         upper = torch.where(x > 1 - half, self.FAR, x + half)
         lower = torch.where(x < half - 1, -self.FAR, x - half)
-        # log(sigmoid(a) - sigmoid(b)) of the bin's edges a > b in units of the scale is
-        # logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a)): no difference of nearly equal
-        # numbers, whatever the parameters.
+        # log(sigmoid(a) - sigmoid(b)) of the bin's edges a > b in units of the scale, without a
+        # difference of close numbers: logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a)).
         log_bin = F.logsigmoid((upper - means) * inverse) + F.logsigmoid((means - lower) * inverse)
         log_bin = log_bin + (-((lower - upper) * inverse).expm1()).log()
         return (log_weights + log_bin.sum(2)).logsumexp(1).sum(1)
 
     def _by_channel(self, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """(B, K, C, N): each channel's value from its mean, given those before it, and its scale,
-        in [-1, 1]."""
+        """(B, K, C, N) in [-1, 1]: each channel's value from its mean, given those before it."""
         _, means, log_scales, coefficients = self._unpack(self.raw)
         channels: list[Tensor] = []
         for c, row in enumerate(coefficients):
@@ -114,9 +123,8 @@ class LogisticMixture(Distribution):
 
     def _image(self, pixels: Tensor) -> Tensor:
         """(B, C, N) in [-1, 1] to (B, C, H, W) in [0, 1]."""
-        return (
-            F.pixel_shuffle(pixels.view(len(pixels), -1, *self.raw.shape[2:]), self.patch) / 2 + 0.5
-        )
+        pixels = pixels.view(len(pixels), -1, *self.raw.shape[2:])
+        return F.pixel_shuffle(pixels, self.patch) / 2 + 0.5
 
     @property
     def mean(self) -> Tensor:
@@ -147,11 +155,8 @@ class LogisticMixture(Distribution):
 
 
 class InChunks(torch.autograd.Function):
-    """function(a, b), one number a row, for a few rows at a time; differentiable in a, once.
-
-    The gradient is taken at once, so that all intermediate values stay in the cache: up to twice
-    as fast on a CPU.
-    """
+    """function(a, b), one number a row, for a few rows at a time; differentiable in a, once. The
+    gradient is taken at once, while all is in the cache: up to twice as fast on a CPU."""
 
     @staticmethod
     def forward(ctx, function: Callable, rows: int, a: Tensor, b: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ import rewards
 import settings
 import tables
 import train
-from likelihoods import LogisticMixture
+from likelihoods import LogisticMixture, likelihood
 from models import Inference, gaussian
 from probe import linear_probe
 
@@ -766,6 +766,15 @@ def test_samples_have_the_probabilities(channels, values):
 
 
 def test_mean_of_the_mixture():
+@pytest.mark.parametrize("channels, raw", [(1, (4, 16, 2, 2)), (3, (4, 1600, 2, 2))])
+def test_images_that_would_be_broadcast_or_reshaped_are_refused(channels, raw):
+    p, x = likelihood(torch.randn(raw), channels, patch=4), torch.rand(4, channels, 8, 8)
+    assert p.log_prob(x).shape == (4,) and "torch.Size([4, " in repr(p)
+    for wrong in (x.permute(0, 2, 3, 1), x.view(4, -1, 4, 16), x[:, 0], x[:1], (255 * x).byte()):
+        with pytest.raises(ValueError, match=r"must be floats in \[0, 1\] of shape \(4, "):
+            p.log_prob(wrong)
+
+
     """Exact for values that no bound cuts off, and the mean of many samples near the bounds."""
     inside, edge = random_raw(3, 400), random_raw(1, 400)  # scales of 1: much beyond the bounds
     inside[:, 10:40] *= 0.2
