@@ -64,6 +64,8 @@ class Statistics(nn.Module):
 
 
 def flat(data: Tensor) -> Tensor:
+    if not data.numel() or data.is_complex() or not data.isfinite().all():
+        raise ValueError("x and z must be real numbers, all finite, of one pair or more")
     return data.detach().reshape(len(data), -1)
 
 
@@ -134,22 +136,23 @@ def mutual_information(
     pairs, drawn by `seed`, is held out. `z` may also be a function of the epoch, called at every
     fifth, that samples z of each x anew: a fixed sample is memorised. Adam's rate is `lr`, then
     0.3 `lr` and 0.09 `lr`, each for a third of the epochs. Runs where x lives. Raises ValueError
-    for pairs that do not match or are too few.
+    for pairs that are not finite, do not match or are too few.
     """
     draw = z if callable(z) else lambda epoch: z
     x, drawn = flat(x), flat(draw(0))
-    if any(len(a) != len(b) for a, b in [(x, drawn), held_out or (x, drawn)]):
-        raise ValueError("there must be one z for each x")
+    test_x, test_z = map(flat, held_out or (x, drawn))
+    numbers = len(x), len(test_x), x.shape[1], drawn.shape[1]
+    if numbers != (len(drawn), len(test_z), test_x.shape[1], test_z.shape[1]):
+        raise ValueError("there must be one z for each x, and held-out pairs must be shaped alike")
     generator = Generator().manual_seed(seed)
     train = torch.randperm(len(x), generator=generator)
     if held_out is None:
         test, train = train[: len(x) // 5], train[len(x) // 5 :]
-        held_out = x[test], drawn[test]
-    held_out = tuple(map(flat, held_out))
-    n = len(held_out[0])
-    if epochs < 1 or min(len(train), n) < 2:
-        raise ValueError("at least 1 epoch, 2 pairs to train on and 2 held out are needed")
-    ceiling = math.log(len(torch.unique(held_out[0], dim=0)))
+        test_x, test_z = x[test], drawn[test]
+    n = len(test_x)
+    if epochs < 1 or min(len(train), n, batch_size) < 2:
+        raise ValueError("needs at least 1 epoch, 2 pairs to train on, 2 held out, 2 a batch")
+    ceiling = math.log(len(torch.unique(test_x, dim=0)))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -160,9 +163,10 @@ def mutual_information(
     curve = []
     for epoch in range(epochs):
         if epoch and epoch % 5 == 0:  # each epoch would double the time of an image model
-            drawn = flat(draw(epoch))
+            drawn = flat(draw(epoch)).view_as(drawn)
         order = torch.randperm(len(train), generator=generator)
-        for batch in train[order].chunk(math.ceil(len(train) / batch_size)):
+        batches = train[order].chunk(math.ceil(len(train) / batch_size))
+        for batch in (b for b in batches if len(b) > 1):  # one pair has no other z
             pairs = torch.stack([batch, batch.roll(1)]).to(x.device)  # none in its own place
             loss = mine_loss(*statistics(x[pairs[0]], drawn[pairs]), average)
             optimizer.zero_grad()
@@ -170,6 +174,6 @@ def mutual_information(
             optimizer.step()
         schedule.step()
         shifts = 10 if epoch < epochs - 1 else max(10, 100_000 // n)  # less scatter at the end
-        bound = donsker_varadhan(statistics, *held_out, generator, shifts)
+        bound = donsker_varadhan(statistics, test_x, test_z, generator, shifts)
         curve.append(min(bound, ceiling))  # with repeated x the bound itself only keeps to ln n
     return MutualInformation(curve[-1], ceiling, curve)

@@ -1101,11 +1101,18 @@ def test_donsker_varadhan_of_few_pairs_is_exact():
 
 
 def test_mine_refuses_what_it_cannot_measure():
-    x = torch.randn(10, 2)
-    few = "at least 1 epoch, 2 pairs"
-    for n, m, epochs, message in [(10, 9, 1, "one z for each x"), (10, 10, 0, few), (6, 6, 1, few)]:
+    x, few = torch.randn(10, 2), "at least 1 epoch, 2 pairs"
+    for a, b, options, message in [
+        (x, x[:9], {}, "one z for each x"), (x, x, {"held_out": (x[:, :1], x)}, "shaped alike"),
+        (x, x, {"epochs": 0}, few), (x, x, {"batch_size": 1}, few), (x[:6], x[:6], {}, few),
+        (x[:0], x[:0], {}, "one pair"), (x / 0, x, {}, "finite"), (x, x + 0j, {}, "real"),
+        (x, lambda epoch: x * math.nan if epoch else x, {}, "finite"),
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            mine.mutual_information(x[:n], x[:m], epochs=epochs)
+            mine.mutual_information(a, b, **{"epochs": 6} | options)
+    with mock.patch.object(mine, "mine_loss", wraps=mine.mine_loss) as loss:  # of 3, 3 and 1 pairs
+        mine.mutual_information(x[:7], x[:7], (x, x), epochs=1, batch_size=3)
+    assert [len(call.args[0]) for call in loss.call_args_list] == [3, 3]
 
 
 # --------------------------------------------------------------------------------------------------
