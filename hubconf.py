@@ -1,21 +1,28 @@
 """The trained models of weights/: torch.hub.load(REPOSITORY, "fashionmnist_lvae_rl")."""
 
-from collections.abc import Callable
-from pathlib import Path
+import collections.abc
+import importlib
+import pathlib
+import sys
 
-import evaluate
-from models import Network
-
+HERE = pathlib.Path(__file__).resolve().parent
 dependencies = ["torch", "torchvision", "numpy", "sklearn", "joblib", "tqdm", "PIL"]
 
 
-def _entry(path: Path) -> Callable[..., Network]:
-    def entry(device: str = "cpu") -> Network:
-        return evaluate.load_run(path, device)[0]
+def _entry(path: pathlib.Path) -> collections.abc.Callable:
+    def entry(device: str = "cpu"):
+        # A user's own modules may have names of ours (models, data): outside they stay theirs.
+        names = {file.stem for file in HERE.glob("*.py")}
+        theirs = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
+        try:
+            return importlib.import_module("evaluate").load_run(path, device)[0]
+        finally:
+            for name in names & sys.modules.keys():
+                del sys.modules[name]
+            sys.modules.update(theirs)
 
     entry.__doc__ = f"The model of weights/{path.name}, in evaluation mode."
     return entry
 
 
-for _path in Path(__file__).parent.glob("weights/*.pt"):
-    globals()[_path.stem.replace("-", "_")] = _entry(_path)
+globals().update({p.stem.replace("-", "_"): _entry(p) for p in HERE.glob("weights/*.pt")})
