@@ -64,10 +64,15 @@ class Row(NamedTuple):
     classes: tuple[str, ...] = ()
 
 
+def literal(name: str) -> str:
+    """For matplotlib: $ begins no formula, and a legend leaves out no name that begins with _."""
+    return " " * name.startswith("_") + name.replace("$", r"\$")
+
+
 def load(runs: list[tables.Run], device: torch.device, data_dir: str | None) -> Row:
     """The row of its runs, or of one that stands for a file of weights and has no numbers."""
     first, dataset = runs[0], runs[0].config["dataset"]
-    label, path = first.row.removeprefix(f"{dataset}-"), first.folder
+    label, path = literal(first.row.removeprefix(f"{dataset}-")), first.folder
     levels = len(first.evaluation.get("kl", ()))
     row = Row(label, dataset, first.method, levels, [run for run in runs if run.evaluation])
     if path is None or (path.is_dir() and not (path / evaluate.CHECKPOINT).exists()):
@@ -77,7 +82,7 @@ def load(runs: list[tables.Run], device: torch.device, data_dir: str | None) -> 
     row = row._replace(model=model, levels=model.levels, images=data.test)
     if data.test_labels is None:
         return row._replace(labels=torch.zeros(len(data.test)), classes=("no labels",))
-    return row._replace(labels=data.test_labels, classes=data.classes)
+    return row._replace(labels=data.test_labels, classes=tuple(map(literal, data.classes)))
 
 
 def spread(row: Row, n: int) -> Tensor:
@@ -184,7 +189,7 @@ def tsne(axes: Axes, row: Row, chosen: Tensor, top: Tensor) -> None:
     if top.var(dim=0).max() <= evaluate.ACTIVE:
         name = f"samples of {name} (no active unit)"
         top = evaluate.representations(row.model, row.images[chosen], sample=True)[-1]
-    method = TSNE(perplexity=min(30, len(top) // 3), random_state=0)
+    method = TSNE(perplexity=min(30, max(1, len(top) // 3)), random_state=0)
     points = method.fit_transform(top.double().cpu().numpy())
     labels, colours = row.labels[chosen].numpy(), CLASSES
     if len(row.classes) > len(CLASSES):
@@ -216,8 +221,8 @@ def traversal(axes: Axes, row: Row, top: Tensor) -> None:
 
 def fig5_latents(rows: list[Row]) -> Figure:
     """Figure 5: t-SNE of z_L for 2,000 test images, and a traversal of two of its dimensions."""
-    if any(math.prod(row.model.latent_shapes[-1]) < 2 for row in rows):
-        raise Missing("top levels of two dimensions or more")
+    if any(min(len(r.images), math.prod(r.model.latent_shapes[-1])) < 2 for r in rows):
+        raise Missing("two test images or more, and top levels of two dimensions or more")
     figure = Figure(figsize=(9.4, 4.7 * len(rows)))
     grid = figure.subplots(len(rows), 2, squeeze=False)
     for (left, right), row in zip(grid, rows, strict=True):
@@ -281,9 +286,10 @@ def fig7_kl(rows: list[Row]) -> Figure:
     axes = Figure(figsize=(6.4, 4.2), layout="none").subplots()
     for i, row in enumerate(rows):
         mean, std = mean_std([run.evaluation["kl"] for run in row.runs])
-        mean = np.maximum(mean, FLOOR)
+        low, mean, high = np.maximum([mean - std, mean, mean + std], FLOOR)
         x = np.arange(1, len(mean) + 1) + 0.05 * (i - (len(rows) - 1) / 2)  # beside each other
-        axes.errorbar(x, mean, std, label=row.label, capsize=3, **line_style(i, row.method))
+        bars, style = (mean - low, high - mean), line_style(i, row.method)
+        axes.errorbar(x, mean, bars, label=row.label, capsize=3, **style)
     levels = max(row.levels for row in rows)
     axes.set_xticks(range(1, levels + 1), level_names(levels))
     axes.set(yscale="log", ylim=(FLOOR * 0.7, None))
@@ -339,19 +345,23 @@ def draw(rows: list[Row], folder: Path) -> Iterator[str]:
         wanted += [(make, f"-{dataset}", measured) for make in (fig6_depth, fig7_kl, curves)]
         here = [row for row in here if row.model is not None]
         wanted += [(make, f"-{dataset}", here) for make in (fig1_skip_paths, fig5_latents, samples)]
+    failed = None
     for make, suffix, shown in wanted:
         path = folder / f"{make.__name__.replace('_', '-')}{suffix}.png"
         try:
             if not shown:
                 numbers = make in (fig6_depth, fig7_kl, curves)
                 raise Missing("a run" if numbers else "a run folder with its checkpoint")
-            figure = make(shown)
+            with writing(path) as temporary:
+                make(shown).savefig(temporary, format="png")
+            yield str(path)
         except Missing as what:
             yield f"not made: {path.name} needs {what}"
-            continue
-        with writing(path) as temporary:
-            figure.savefig(temporary, format="png")
-        yield str(path)
+        except Exception as error:  # costs no other figure, and is raised after the last
+            yield f"not made: {path.name}: {type(error).__name__}"
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -365,17 +375,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     args = parser.parse_args(argv)
     with one_line(parser):
-        weights = [Path(run) for run in args.runs if run.endswith(".pt")]
-        configs = [evaluate.load_checkpoint(path)["config"] for path in weights]
-        runs = [
-            tables.Run(path.stem, config["seed"], config, {}, [], path)
-            for path, config in zip(weights, configs, strict=True)
-        ]
-        try:
-            runs += tables.read(run for run in args.runs if not run.endswith(".pt"))
-            groups = tables.groups(tables.choose(runs, args.rows.split(",")))
-        except tables.BadRun as error:
-            parser.error(str(error))
+        runs = []
+        for path in (Path(run) for run in args.runs if run.endswith(".pt")):
+            config = evaluate.load_checkpoint(path)["config"]
+            runs.append(tables.Run(path.stem, config["seed"], config, {}, [], path))
+        runs += tables.read(run for run in args.runs if not run.endswith(".pt"))
+        groups = tables.groups(tables.choose(runs, args.rows.split(",")))
         device = pick_device(args.device)
         rows = [load(group, device, args.data_dir) for group in groups.values()]
         args.out.mkdir(parents=True, exist_ok=True)

@@ -6,20 +6,25 @@ RUN is a run's folder (config.json, eval.json, metrics.jsonl) or a .jsonl file w
 A run's name without its trailing "-SEED" is its row.
 """
 
-import argparse
 import contextlib
 import csv
 import json
-import os
 import statistics
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from files import Parser, UserError, one_line, writing
+
 PAPER = Path(__file__).parent / "results" / "paper.csv"  # its Tables 1 to 5
 LATENTS = {"grey": "128,64,32,16,8", "colour": "128c,64c,256,128,64"}  # of its text
 NOT_COMPARED = {"seed", "out", "data_dir", "device", "eval_every", "probe", "given", "made_by"}
+ALIKE = {  # in the evaluations of a row's seeds; where not, what to do
+    "epoch": "train.py --resume finishes a run, tables.py --after-epochs compares at an epoch",
+    "updates": "train.py --resume finishes a run",
+    "iwae_samples": "evaluate.py --samples measures one anew",
+}
 
 MEASURES = {  # name: heading, decimals, its place in an evaluation; lists bottom to top
     "probe": ("z_L probe %", 2, lambda e, z: e["probe"][z]),
@@ -38,11 +43,8 @@ for kind in ("sample", "binarised_mean", "binarised_sample"):  # evaluate.py --p
     heading, key = kind.replace("_", " ") + " %", f"probe_{kind}"
     MEASURES[kind] = (f"z_L, {heading}", 2, lambda e, z, key=key: e[key][z])
     MEASURES[f"{kind}_all"] = (f"all, {heading}", 2, lambda e, z, key=key: e[key]["all"])
+del kind, heading, key
 SHOWN = ("probe", "all", "mine", "bpd", "kl", "active", "seconds")  # unless asked
-
-
-class BadRun(Exception):
-    """What is wrong with a run, or with what was asked of runs, in one line."""
 
 
 class Run(NamedTuple):
@@ -69,14 +71,14 @@ class Run(NamedTuple):
 
 
 def read(paths: Iterable[str | Path]) -> list[Run]:
-    """The runs of run folders and .jsonl files, in the order given. BadRun where one is none."""
+    """The runs of run folders and .jsonl files, in the order given. UserError where one is none."""
     runs = []
     for path in map(Path, paths):
         config, evaluation = path / "config.json", path / "eval.json"
         if not (path if path.suffix == ".jsonl" else config).exists():
-            raise BadRun(f"no run at {path}: name a run's folder or a .jsonl file")
+            raise UserError(f"no run at {path}: name a run's folder or a .jsonl file")
         if config.exists() and not evaluation.exists():
-            raise BadRun(f"{path} has no eval.json: python evaluate.py {path} makes it")
+            raise UserError(f"{path} has no eval.json: python evaluate.py {path} makes it")
         try:
             if path.suffix == ".jsonl":
                 here = [Run(**json.loads(line)) for line in path.read_text().splitlines()]
@@ -88,18 +90,18 @@ def read(paths: Iterable[str | Path]) -> list[Run]:
             for run in here:  # what every table needs
                 _ = measures(run)["kl"], reported(run), run.row
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise BadRun(f"{path} is damaged or of another version") from None
+            raise UserError(f"{path} is damaged or of another version") from None
         runs += here
     return runs
 
 
 def choose(runs: Iterable[Run], patterns: Iterable[str]) -> list[Run]:
-    """The runs of the rows that match a pattern, in the order of the patterns. BadRun of none."""
+    """The runs of the rows that match a pattern, in the patterns' order. UserError of none."""
     chosen: list[Run] = []
     for glob in patterns:
         matching = [run for run in runs if fnmatchcase(run.row, glob)]
         if not matching:
-            raise BadRun(f"no row is named {glob}")
+            raise UserError(f"no row is named {glob}")
         chosen += [run for run in matching if run not in chosen]
     return chosen
 
@@ -107,19 +109,18 @@ def choose(runs: Iterable[Run], patterns: Iterable[str]) -> list[Run]:
 def pack(runs: list[Run], path: Path) -> None:
     """Write the runs into a new .jsonl file, a line a run, whole or not at all."""
     if path.suffix != ".jsonl" or path.exists():
-        raise BadRun(f"--pack {path}: name a new file that ends in .jsonl")
-    temporary = path.with_name(path.name + ".tmp")
+        raise UserError(f"--pack {path}: name a new file that ends in .jsonl")
     fields = (run._replace(folder=None)._asdict() for run in runs)
     lines = (json.dumps({k: v for k, v in f.items() if v is not None}) + "\n" for f in fields)
-    temporary.write_text("".join(lines))
-    os.replace(temporary, path)
+    with writing(path) as beside:
+        beside.write_text("".join(lines))
 
 
 def at_epoch(run: Run, epoch: int) -> Run:
-    """The run as --eval-every measured it after that epoch. BadRun where it did not."""
+    """The run as --eval-every measured it after that epoch. UserError where it did not."""
     lines = [line for line in run.metrics if line["epoch"] <= epoch]
     if not lines or lines[-1]["epoch"] < epoch or "test" not in lines[-1]:
-        raise BadRun(f"{run.name} was not evaluated at epoch {epoch}: see train.py --eval-every")
+        raise UserError(f"{run.name} was not evaluated at epoch {epoch}: see train.py --eval-every")
     test, whole = lines[-1]["test"], run.evaluation
     evaluation = {key: test[key] for key in ("kl", "elbo") if key in test}
     if "elbo" in test and "elbo" in whole:
@@ -130,20 +131,24 @@ def at_epoch(run: Run, epoch: int) -> Run:
 
 
 def groups(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Rows by name, in the order given; the runs of each by seed. BadRun where a row has a seed
-    twice or runs of other settings."""
+    """Rows by name, in the order given; the runs of each by seed. UserError where a row has a seed
+    twice, other settings, or seeds not measured alike (but for those that --minutes once ended)."""
     rows: dict[str, dict[int, Run]] = {}
     for run in runs:
         row = rows.setdefault(run.row, {})
         if run.seed in row:
-            raise BadRun(f"row {run.row} has seed {run.seed} twice: name one of them")
+            raise UserError(f"row {run.row} has seed {run.seed} twice: name one of them")
         row[run.seed] = run
         first = next(iter(row.values()))
         ours = {"data_dir"} if run.config["dataset"] == "folder" else set()  # whose images differ
         for key in (first.config.keys() | run.config.keys()) - NOT_COMPARED | ours:
             a, b = first.config.get(key), run.config.get(key)
             if (a or None) != (b or None):  # a setting that is absent is off
-                raise BadRun(f"{first.name} and {run.name} differ in {key}, {a} and {b}")
+                raise UserError(f"{first.name} and {run.name} differ in {key}, {a} and {b}")
+        for key, cure in ALIKE.items():
+            a, b = first.evaluation.get(key), run.evaluation.get(key)
+            if None not in (a, b) and a != b and not run.config.get("minutes"):
+                raise UserError(f"{first.name} and {run.name} differ in {key}, {a} and {b}: {cure}")
     return {label: [row[seed] for seed in sorted(row)] for label, row in rows.items()}
 
 
@@ -214,29 +219,23 @@ def table(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("tables.py", argparse.SUPPRESS, __doc__.splitlines()[0])
+    parser = Parser("tables.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or a .jsonl file")
-    parser.add_argument("--rows", metavar="GLOB,GLOB", help="only these rows, in this order")
+    parser.add_argument("--rows", default="*", metavar="GLOB,GLOB", help="these alone, in order")
     parser.add_argument("--columns", default=",".join(SHOWN), help="of " + ", ".join(MEASURES))
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--after-epochs", type=int, metavar="N", help="at epoch N, by --eval-every")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="write the runs into this file")
     args = parser.parse_args(argv)
-    try:
+    with one_line(parser):
         runs, columns = read(args.runs), args.columns.split(",")
         if not set(columns) <= set(MEASURES):
-            raise BadRun(f"--columns {args.columns}: choose from {', '.join(MEASURES)}")
-        if args.rows is not None:
-            runs = choose(runs, args.rows.split(","))
-        rows = groups(runs)
+            raise UserError(f"--columns {args.columns}: choose from {', '.join(MEASURES)}")
+        runs, epoch = choose(runs, args.rows.split(",")), args.after_epochs
+        rows = groups(runs if epoch is None else [at_epoch(run, epoch) for run in runs])
         if args.pack is not None:
             return pack(runs, args.pack)
-        if args.after_epochs is not None:
-            rows = groups(at_epoch(run, args.after_epochs) for run in runs)
-        print(table(rows, args.markdown, columns))
-    except (BadRun, OSError) as error:
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        parser.error(str(message))
+        print(table(rows, args.markdown, columns), flush=True)
 
 
 if __name__ == "__main__":
