@@ -326,7 +326,7 @@ def table(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description="Measure what a run has learned, or a file of weights.")
     # fmt: off
     parser.add_argument("run", type=Path, metavar="RUN",
                         help="a folder that train.py has written, or a file of weights")

@@ -3,11 +3,7 @@
 accuracy = linear_probe(train, train_labels, test, test_labels)
 """
 
-import joblib
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.multiclass import OneVsOneClassifier
-from sklearn.svm import LinearSVC
 
 
 def checked(z: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -31,6 +27,11 @@ def linear_probe(
     most a quarter as many components, and LIBLINEAR's own tolerance. Integers and half precision
     are taken in float32 or better. ValueError for splits that are not finite or do not match.
     """
+    import joblib  # here: half of what a command's --help would wait for
+    from sklearn.decomposition import PCA
+    from sklearn.multiclass import OneVsOneClassifier
+    from sklearn.svm import LinearSVC
+
     train, train_labels = checked(train, train_labels)
     test, test_labels = checked(test, test_labels)
     names = (train_labels.dtype.kind == "U") + (test_labels.dtype.kind == "U")
