@@ -34,6 +34,7 @@ MEASURES = {  # name: heading, decimals, its place in an evaluation; lists botto
     "kl": ("KL z_L", 2, lambda e, z: e["kl"][-1]),
     "active": ("active units", 1, lambda e, z: e["active_units"][-1]),
     "seconds": ("training s", 0, lambda e, z: e["seconds"]),
+    "epochs": ("epochs", 0, lambda e, z: [e["epochs"]]),  # a list: without a deviation
     "elbo": ("ELBO", 1, lambda e, z: e["elbo"]),
     "iwae": ("IWAE", 1, lambda e, z: e["iwae"]),
     "kls": ("KL, z_1 … z_L", 2, lambda e, z: e["kl"]),
@@ -45,6 +46,19 @@ for kind in ("sample", "binarised_mean", "binarised_sample"):  # evaluate.py --p
     MEASURES[f"{kind}_all"] = (f"all, {heading}", 2, lambda e, z, key=key: e[key]["all"])
 del kind, heading, key
 SHOWN = ("probe", "all", "mine", "bpd", "kl", "active", "seconds")  # unless asked
+USUAL = {  # setting: its usual value, and what --words calls another
+    "pay": ("inferred", "{} pay"),
+    "update": ("sampled", "{}"),
+    "gamma": (0.9, "gamma {:g}"),
+    "skip": ("mean", "{}d skip paths"),
+    "size": ("small", "size {}"),
+    "levels": (None, "{} levels"),
+    "latents": (None, "latents {}"),
+    "mean_field": (False, "no merge"),
+    "free_bits": (0, "{:g} free nats"),
+    "threshold": (False, "black and white"),
+    "validation": (False, "validation"),
+}
 
 
 class Run(NamedTuple):
@@ -64,6 +78,16 @@ class Run(NamedTuple):
     def method(self) -> str:
         objective = "+RL" if self.config["rl"] else "+IVAE" if self.config["ivae"] else ""
         return self.config["arch"].upper() + objective
+
+    @property
+    def words(self) -> str:
+        """The method and what is not usual of it; the ELBO usually has no warm-up, RL and IVAE
+        have one."""
+        c = self.config
+        said = [form.format(c[k]) for k, (usual, form) in USUAL.items() if c.get(k, usual) != usual]
+        if bool(c["warmup"]) != (c["rl"] or c["ivae"]):
+            said.append(f"warm-up {c['warmup']}" if c["warmup"] else "no warm-up")
+        return ", ".join([self.method.replace("+", " + "), *said])
 
     @property
     def row(self) -> str:
@@ -154,8 +178,9 @@ def groups(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 def measures(run: Run) -> dict:
     """The numbers of MEASURES that a run has."""
-    seconds = run.metrics[-1]["seconds"] if run.metrics else None
-    values, evaluation = {}, run.evaluation | {"seconds": seconds}
+    values, evaluation = {}, dict(run.evaluation)
+    if run.metrics:
+        evaluation |= {"seconds": run.metrics[-1]["seconds"], "epochs": run.metrics[-1]["epoch"]}
     for name, (_, _, place) in MEASURES.items():
         with contextlib.suppress(KeyError):
             values[name] = place(evaluation, f"z{run.levels}")
@@ -193,13 +218,17 @@ def cell(values: list, decimals: int) -> str:
 
 
 def table(
-    rows: dict[str, list[Run]], markdown: bool = False, columns: Iterable[str] = SHOWN
+    rows: dict[str, list[Run]],
+    markdown: bool = False,
+    columns: Iterable[str] = SHOWN,
+    words: bool = False,
 ) -> str:
     """Rows as text or Markdown, a table a data set; a column that no row fills is left out."""
     parts = []
     for dataset in dict.fromkeys(runs[0].config["dataset"] for runs in rows.values()):
         here = {name: runs for name, runs in rows.items() if runs[0].config["dataset"] == dataset}
-        filled = [["", *here], ["seeds", *(str(len(runs)) for runs in here.values())]]
+        names = [runs[0].words if words else name for name, runs in here.items()]
+        filled = [["", *names], ["seeds", *(str(len(runs)) for runs in here.values())]]
         for name in columns:
             heading, decimals, _ = MEASURES[name]
             values = [[m[name] for m in map(measures, runs) if name in m] for runs in here.values()]
@@ -224,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", default="*", metavar="GLOB,GLOB", help="these alone, in order")
     parser.add_argument("--columns", default=",".join(SHOWN), help="of " + ", ".join(MEASURES))
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--words", action="store_true", help="name rows in words")
     parser.add_argument("--after-epochs", type=int, metavar="N", help="at epoch N, by --eval-every")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="write the runs into this file")
     args = parser.parse_args(argv)
@@ -235,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = groups(runs if epoch is None else [at_epoch(run, epoch) for run in runs])
         if args.pack is not None:
             return pack(runs, args.pack)
-        print(table(rows, args.markdown, columns), flush=True)
+        print(table(rows, args.markdown, columns, args.words), flush=True)
 
 
 if __name__ == "__main__":

@@ -2503,6 +2503,25 @@ def test_columns_and_rows_that_are_asked_for(tmp_path, capsys):
     assert cells(row) == ["rl", "3", "65.00", "66.00", "67.00"]  # of the one seed that has them
 
 
+def test_rows_in_words(tmp_path, capsys):
+    """The method and what is not usual of it; epochs beside it, without a deviation."""
+    more = {"warmup": 10, "pay": "own", "gamma": 0.0, "size": "deep", "mean_field": True}
+    runs = [
+        write_run(tmp_path, "a-0", {"rl": True, "warmup": 10}),
+        write_run(tmp_path, "a-1", {"rl": True, "warmup": 10, "seed": 1}),
+        write_run(tmp_path, "b", {"rl": True, "arch": "hvae", **more}),
+        write_run(tmp_path, "c", {"ivae": True, "update": "joint", "warmup": 0}),
+        write_run(tmp_path, "d", {"warmup": 2, "free_bits": 2.0, "latents": "9,8,7,6,5"}),
+    ]
+    *_, a, b, c, d = printed(
+        capsys, *runs, "--markdown", "--words", "--columns", "epochs"
+    ).splitlines()
+    assert cells(a) == ["LVAE + RL", "2", "2"]
+    assert cells(b)[0] == "HVAE + RL, own pay, gamma 0, size deep, no merge"
+    assert cells(c)[0] == "LVAE + IVAE, joint, no warm-up"
+    assert cells(d)[0] == "LVAE, latents 9,8,7,6,5, 2 free nats, warm-up 2"
+
+
 def test_runs_at_an_epoch(tmp_path, capsys):
     """--after-epochs takes the evaluation that --eval-every logged then for the run's."""
     runs = three_seeds(tmp_path)
@@ -2585,6 +2604,26 @@ def test_tables_of_the_study_are_those_of_the_results(capsys, monkeypatch):
         (table,) = (part.strip() for part in parts if part.startswith("|"))
         assert table == above, f"{command[1]} prints another table:\n{table}"
     assert len(commands) >= 12
+
+
+def test_other_tables_of_the_study():
+    """What the sum of Q-values weighs, level by level, and what bench.py timed."""
+    page = (HERE / "results/README.md").read_text()
+    w, now = rewards.path_weights(5, 0.9), rewards.path_weights(5, 0.0)
+    for t in range(5):
+        pays, factor = sum(w[t:]), sum(now[t:]) / now[t]
+        levels = f"z_{t + 1} | z_{5 - t}"  # HVAE bottom-up, LVAE top-down
+        weights = f"{w[t]:.2f} | {pays:.2f} | {pays / w[t]:.1f} | {factor:.1f}"
+        assert f"| {t + 1} | {levels} | {weights} |\n" in page
+    lines = map(json.loads, (HERE / "results/bench.jsonl").read_text().splitlines())
+    speeds = {line["name"]: line["images_per_s"] for line in lines}
+    for name, label in (
+        ("small-lvae-bfloat16", "LVAE, two Xeon cores"),
+        ("small-hvae-bfloat16", "HVAE, two Xeon cores"),
+        ("paper-lvae-h200", "LVAE, size paper, H200"),
+    ):
+        ways = [speeds[name][way] for way in ("literal", "stepwise", "joint", "sampled", "elbo")]
+        assert " | ".join([f"| {label}", *(f"{way:.0f}" for way in ways)]) + " |\n" in page
 
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("weights/*.pt")), ids=lambda path: path.stem)
