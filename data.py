@@ -126,7 +126,7 @@ def load(
         data = Data(*parts[:2], *data[2:5], parts[2])
     for split, labels in (("training", data.train_labels), ("test", data.test_labels)):
         if lost := [label for k, label in enumerate(data.classes) if k not in labels]:
-            print(f"note      classes without {split} images: {lost[:5]}", file=sys.stderr)
+            print(f"note      {len(lost)} classes lack {split} images: {lost[:9]}", file=sys.stderr)
     return data
 
 
@@ -345,8 +345,8 @@ def _celeba(data_dir: Path, download: bool) -> Data:
     partition, root = find(*lists), find("img_align_celeba")
     lines = partition.read_text(errors="replace").splitlines()
     rows = [line.replace(",", " ").split() for line in lines if line.strip()]
-    if odd := [row for row in rows if row[1:] not in (["0"], ["1"], ["2"], ["partition"])]:
-        raise UserError(f"{partition} has the line {odd[0]}: get it again")
+    if not {"0", "2"} <= {" ".join(row[1:]) for row in rows} - {"partition"} <= {"0", "1", "2"}:
+        raise UserError(f"{partition} is no list of names with 0, 1 or 2: get it again")
     path_of = {name.rpartition("/")[2]: name for name in pictures(root)}
     images = []
     for split, number in (("train", "0"), ("test", "2")):  # 1: validation

@@ -115,8 +115,8 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def pictures(root: Path) -> list[str]:
-    """The picture files below a folder, by their relative names in sorted order. Other files and
-    empty folders are named. Links to a folder above are not followed."""
+    """The picture files below a folder, by their relative names in sorted order. Junk of programs
+    is skipped, other files and empty folders are named, a link to a folder above leads nowhere."""
     names, others, errors = [], [], []
     for folder, inner, files in os.walk(root, onerror=errors.append, followlinks=True):
         here = Path(folder)

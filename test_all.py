@@ -1134,7 +1134,7 @@ def ends_in_one_line(capsys, error: BaseException, words: str) -> None:
 
 
 def test_errors_that_a_user_can_mend_end_in_one_line(capsys):
-    ends_in_one_line(capsys, OSError("odd"), "cannot read or write a file: odd: make room")
+    ends_in_one_line(capsys, OSError("odd"), "cannot read or write a file: odd: make room, allow")
     captured = RuntimeError("capture failed")  # of a CUDA graph
     captured.__context__ = torch.OutOfMemoryError("CUDA")
     for error in (torch.OutOfMemoryError("CUDA"), captured):
@@ -1144,6 +1144,31 @@ def test_errors_that_a_user_can_mend_end_in_one_line(capsys):
             raise bug
     with pytest.raises(SystemExit, match="130"), files.one_line(files.Parser()):
         raise KeyboardInterrupt
+
+
+EDGE = """import sys, files
+with files.one_line(files.Parser(prog="x.py")):
+    print("66 \\xb1 1 %" * int(sys.argv[1]))  # many fail at once, one when all is flushed
+    print("progress", file=sys.stderr)"""
+
+
+@pytest.mark.parametrize("times", [1, 9999])
+@pytest.mark.parametrize(("redirect", "status", "words"), [
+    ("| true", 130, "(progress\n)?"), ("2>&1 | true", 130, ""), ("2>&- | true", 130, ""),
+    (">&-", 0, "progress\n"), ("| cat >&2", 0, r"(66 \? 1 %|progress|\s)+"),
+    ("&>/dev/full", 2, ""), (">/dev/full", 2, "(progress\n)?x.py: error: .*No space.*\n"),
+])  # fmt: skip
+def test_streams_that_cannot_be_written_end_quietly(redirect, status, words, times):
+    command = ["bash", "-c", f'"$0" -c "$1" {times} {redirect}; exit ${{PIPESTATUS[0]}}']
+    options = dict(cwd=HERE, env=os.environ | {"PYTHONIOENCODING": "ascii"}, text=True)
+    end = subprocess.run([*command, sys.executable, EDGE], **options, capture_output=True)
+    assert end.returncode == status and re.fullmatch(words, end.stderr), end
+
+
+def test_imports_that_one_function_needs_wait_for_it():
+    code = "import sys, files; assert 'torch' not in sys.modules; import data; "
+    code += "assert not {'sklearn', 'torchvision'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
 @pytest.fixture
@@ -1300,8 +1325,9 @@ def test_stl10(tmp_path, monkeypatch):
     d = data.load("stl10", tmp_path)
     assert d.unlabelled is None and d.to_train_on is d.train
     refuses("lacks unlabeled_X.bin", "stl10", tmp_path, unlabelled=True)
-    write(folder / "train_y.bin", bytes([1, 2]))
-    refuses("train_y.bin needs 6 labels from 1 to 10", "stl10", tmp_path)
+    for labels in (bytes([1, 2]), bytes(range(6)), bytes([1, 2, 3, 4, 5, 255])):
+        write(folder / "train_y.bin", labels)
+        refuses("train_y.bin needs 6 labels from 1 to 10", "stl10", tmp_path)
 
 
 def write_tinyimagenet(root: Path, patch=None) -> Path:
@@ -1340,7 +1366,7 @@ def write_celeba(root: Path, patch=None, table: str = "txt") -> Path:
         file = base / "img_align_celeba" / f"{k + 1:06}.jpg"
         draw(file, k, size=(178, 218), white=30)  # above the middle 148 rows
         lines.append(f"{file.name}{',' if table == 'csv' else ' '}{(0, 0, 1, 2)[k % 4]}")
-    return write(base / f"list_eval_partition.{table}", "\n".join(lines)).parent
+    return write(base / f"list_eval_partition.{table}", "\n".join([*lines, "", ""])).parent
 
 
 @pytest.mark.parametrize("layout", ["torchvision", "zip", "csv", "flat"])
@@ -1367,16 +1393,18 @@ def write_folder(root: Path, patch=None, classes=("a", "b", "c")) -> Path:
 
 @pytest.mark.parametrize("side", [None, 64])
 @pytest.mark.parametrize("classes", [("a", "b", "c"), ("",), ("all",)])
-def test_folder(tmp_path, side, classes):
+def test_folder(tmp_path, capsys, side, classes):
     """In class folders, in none, and in a single one, which says no more than none."""
     d = data.load("folder", write_folder(tmp_path, classes=classes), image_size=side)
     alone = (range(5), range(4), ())
     expected = ([0, 3, 1, 4, 2], [0, 3, 1, 2], classes) if classes[1:] else alone
     assert_data(d, *expected, side or 32)
     assert data.image_shape("folder", side) == d.train.shape[1:]
+    assert "1 left out, no pictures: ['" in capsys.readouterr().err
     few = data.load("folder", tmp_path, image_size=side, train_images=3)  # of all classes
     assert torch.equal(few.train, d.train[[0, 1, 3]])
     assert not classes[1:] or few.train_labels.tolist() == [0, 0, 1]
+    assert ("1 classes lack training images: ['c']" in capsys.readouterr().err) == bool(classes[1:])
 
 
 def test_pictures_are_the_middle_square_resized(tmp_path):
@@ -1390,6 +1418,39 @@ def test_pictures_are_the_middle_square_resized(tmp_path):
         by_pillow = np.asarray(square.resize((32, 32), PIL.Image.Resampling.BILINEAR)).astype(int)
         off = np.abs(files.decode(path, 32, None) - by_pillow.transpose(2, 0, 1))
         assert off[:, 2:-2, 2:-2].max() <= 1 and (side > 32 or off.max() == 0)
+
+
+def test_pictures_show_what_they_hold(tmp_path):
+    """Rising greys of 16 bits or 8, half of them see-through, or turned clockwise."""
+    rise = np.arange(32, dtype="<u2").repeat(32).reshape(32, 32) * 2114  # up to 65,534
+    wide, seen, exif = PIL.Image.fromarray(rise), (rise >> 8).astype(int), PIL.Image.Exif()
+    grey, exif[0x0112] = PIL.Image.fromarray(seen.astype(np.uint8)), 6
+    alpha = PIL.Image.fromarray(np.uint8([[0] * 16 + [255] * 16] * 32))
+    half, layers = np.where(alpha, seen, 128), PIL.Image.merge("LA", (grey, alpha))
+    for name, picture, expected, options in [
+        ("a.png", wide, seen, {}), ("b.pgm", wide, seen, {}), ("c.tif", grey, seen, {}),
+        ("d.tif", PIL.Image.frombytes("I;16B", (32, 32), rise.astype(">u2")), seen, {}),
+        ("e.png", layers, half, {}), ("f.webp", layers.convert("RGBA"), half, {"lossless": True}),
+        ("g.gif", grey, np.where(rise, seen, 128), {"transparency": 0}),
+        ("h.png", grey, np.rot90(seen, -1), {"exif": exif}), ("i.tif", wide.convert("F"), 0, {}),
+    ]:  # fmt: skip
+        picture.save(tmp_path / name, **options)
+        with pytest.raises(files.UserError, match="16 b") if name == "i.tif" else nullcontext():
+            assert np.abs(files.decode(tmp_path / name, 32, None) - expected).max() <= 1, name
+
+
+def test_only_pictures_are_listed_and_each_once(tmp_path, capsys):
+    root = write_folder(tmp_path) / "train"
+    for path in ("@eaDir/x.png", "a/.ipynb_checkpoints/x.png", "a/.x.png", "b/5.gif", "b/6.jfif"):
+        draw(root / path, 0)
+    for link, to in (("a/b", "../b"), ("b/a", "../a"), ("c/up", "../.."), ("a/gone.png", "gone")):
+        (root / link).symlink_to(to)
+    os.mkfifo(root / "c/pipe.png")
+    (root / "cow").mkdir()
+    own = [f"{p}/{n}" for p in ("a", "b/a") for n in ("0.png", "3.png")]
+    own += [f"{p}/{n}" for p in ("a/b", "b") for n in ("1.jpg", "4.webp", "5.gif", "6.jfif")]
+    assert files.pictures(root) == sorted([*own, "c/2.BMP"])
+    assert "['cow', 'a/gone.png', 'a/notes.txt', " in capsys.readouterr().err
 
 
 def test_pictures_are_decoded_once_and_again_when_the_source_changes(tmp_path, monkeypatch):
@@ -1416,6 +1477,10 @@ def test_pictures_are_decoded_once_and_again_when_the_source_changes(tmp_path, m
         file.unlink()
         load(12)[0] = 0  # copy on write: never reaches the file
     assert load(0)[0].max() > 0 and len(list(kept.parent.iterdir())) == 4
+    right = load(0).clone()
+    for content in (right.numpy().tobytes(), bytes(kept.stat().st_size), b""):  # damaged
+        kept.write_bytes(content)
+        assert torch.equal(load(12), right)
 
 
 KILLED_BY_A_FULL_DISK = """
@@ -1449,6 +1514,8 @@ MISTAKES = [  # in a whole data set, whose folder is f
      f"raw lacks {IDX} .*unreachable.*put the four.*apt-get.*--data-dir.*digits"),
     ("fashionmnist", lambda f: os.truncate(f / f"{IDX}.gz", 999), NO_IDX),
     ("fashionmnist", lambda f: write(f / IDX, bytes(16 + 20 * 28 * 28)), NO_IDX),
+    ("fashionmnist", lambda f: write(f / "t10k-labels-idx1-ubyte", b"\0\0\b\1\0\0\0" + b"\n" * 11),
+     "t10k-labels.*a label is 10.: delete it"),
     ("cifar10", lambda f: (f / "data_batch_2").unlink(), "lacks data_batch_2.*unreachable.*put ci"),
     ("cifar10", lambda f: write(f / "test_batch", "damaged"), "lacks test_batch.*unreachable"),
     ("stl10", lambda f: (f / "test_y.bin").unlink(), "lacks test_y.bin.*unreachable.*put stl10_bi"),
@@ -1461,11 +1528,14 @@ MISTAKES = [  # in a whole data set, whose folder is f
     ("celeba", lambda f: (f / "list_eval_partition.txt").unlink(), "lacks list_eval.*unreachable"),
     ("celeba", lambda f: shutil.rmtree(f / "img_align_celeba"), "unreachable.*put img_align_celeb"),
     ("celeba", lambda f: (f / "img_align_celeba/000005.jpg").unlink(), "05.jpg and 0 more images"),
+    ("celeba", lambda f: os.truncate(f / "list_eval_partition.txt", 115), "txt is no list of name"),
+    ("folder", lambda f: (f / "test").rename(f / "x") and write(f / "test", ""), "cannot read .*t"),
     ("folder", lambda f: shutil.rmtree(f / "test"), "needs images in train/ and test/"),
     ("folder", lambda f: draw(f / "train/x.png", 0), "train has images beside the class folders"),
     ("folder", lambda f: (f / "test/b").rename(f / "test/d"), "test has the class 'd', .*train"),
     ("folder", lambda f: draw(f / "test/x.png", 0), "test has images outside the class folders"),
-    ("folder", lambda f: os.truncate(f / "train/b/1.jpg", 200), r"1 of 5 pictures .*b/1.jpg \("),
+    ("folder", lambda f: [os.truncate(p, 60) for p in (f / "train/b").iterdir()],
+     "2 of 5 pictures are damaged: .*train/b/1.jpg .Trunc.*b/4.webp"),
 ]  # fmt: skip
 
 
