@@ -69,12 +69,13 @@ def literal(name: str) -> str:
     return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
-def load(runs: list[tables.Run], device: torch.device, data_dir: str | None) -> Row:
+def load(runs: list[tables.Run], label: str, device: torch.device, data_dir: str | None) -> Row:
     """The row of its runs, or of one that stands for a file of weights and has no numbers."""
-    first, dataset = runs[0], runs[0].config["dataset"]
-    label, path = literal(first.row.removeprefix(f"{dataset}-")), first.folder
+    first, dataset, path = runs[0], runs[0].config["dataset"], runs[0].folder
     levels = len(first.evaluation.get("kl", ()))
-    row = Row(label, dataset, first.method, levels, [run for run in runs if run.evaluation])
+    row = Row(
+        literal(label), dataset, first.method, levels, [run for run in runs if run.evaluation]
+    )
     if path is None or (path.is_dir() and not (path / evaluate.CHECKPOINT).exists()):
         return row
     model, config = evaluate.load_run(path, device)
@@ -382,7 +383,10 @@ def main(argv: list[str] | None = None) -> None:
         runs += tables.read(run for run in args.runs if not run.endswith(".pt"))
         groups = tables.groups(tables.choose(runs, args.rows.split(",")))
         device = pick_device(args.device)
-        rows = [load(group, device, args.data_dir) for group in groups.values()]
+        words = [group[0].words for group in groups.values()]
+        labels = words if len(set(words)) == len(words) else groups  # in words where these differ
+        named = zip(groups.values(), labels, strict=True)
+        rows = [load(group, label, device, args.data_dir) for group, label in named]
         args.out.mkdir(parents=True, exist_ok=True)
         for line in draw(rows, args.out):
             print(line, flush=True)

@@ -1620,6 +1620,9 @@ def test_binarisation():
     torch.testing.assert_close(x.mean(dim=(0, 1, 2)), grey / 255, rtol=0, atol=0.005)
     colours = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
     assert torch.equal(data.to_input(colours), colours / 255)
+    for use in (data.to_input, data.to_unit, partial(evaluate.representations, tiny("hvae", 2))):
+        with pytest.raises(TypeError, match="must be uint8"):
+            use(colours / 255)
     d, black_and_white = data.load("digits"), data.load("digits", threshold=True)
     for grey, white in ((d.train, black_and_white.train), (d.test, black_and_white.test)):
         assert white.dtype == torch.uint8 and 0 < (grey == 127).sum() < grey.numel()
@@ -2846,7 +2849,8 @@ def made_up(label: str, seed: int, levels: int, probe: float) -> tables.Run:
 
 
 def rows_of(*runs: tables.Run) -> list[figures.Row]:
-    return [figures.load(row, torch.device("cpu"), None) for row in tables.groups(runs).values()]
+    groups = tables.groups(runs).items()
+    return [figures.load(row, name, torch.device("cpu"), None) for name, row in groups]
 
 
 def test_units_found_again():
