@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,11 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders are not locked there
+    fcntl = None
 
 PICTURE = re.compile(r"\.(jpe?g|jfif|png|gif|webp|avif|bmp|p[gp]m|tiff?)$", re.I)
 JUNK = re.compile(r"\.|(@eaDir|__MACOSX|#recycle|lost.found|Thumbs.db|\w+_boxes.txt)$", re.I)
@@ -93,9 +97,10 @@ def locked(folder: Path) -> Iterator[None]:
     nothing was written."""
     made = [place for place in (folder, folder.parent) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         wait = "wait for it, or name another folder with --out"
