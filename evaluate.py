@@ -99,6 +99,11 @@ def fingerprint(*tensors: Tensor | None) -> str:
     return digest.hexdigest()[:16]
 
 
+def images_fingerprint(data: Data) -> str:
+    """Of the images and labels that a run trains on and is measured on."""
+    return fingerprint(*data[:4], data.unlabelled)
+
+
 def save_weights(path: Path, model: models.Network, config: dict) -> None:
     """What `load_run` has given, as a file of weights that it takes: for others to load."""
     config = config | {"data_dir": "data"}  # of others
@@ -378,7 +383,7 @@ def kept_evaluation(run: Path, model: models.Network, data: Data, config: dict) 
     """What eval.json has, if it is of these weights and images; else what it is to begin with."""
     about = describe(config) | {
         "weights": fingerprint(*model.state_dict().values()),
-        "images": fingerprint(*data[:4], data.unlabelled),
+        "images": images_fingerprint(data),
     }
     path = run / "eval.json"
     if not path.exists():

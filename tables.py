@@ -40,11 +40,13 @@ MEASURES = {  # name: heading, decimals, its place in an evaluation; lists botto
     "kls": ("KL, z_1 … z_L", 2, lambda e, z: e["kl"]),
     "decoded": ("log p(x given z_l), z_1 … z_L", 1, lambda e, z: e["log_px_given_z"]),
 }
-for kind in ("sample", "binarised_mean", "binarised_sample"):  # evaluate.py --probe-of
-    heading, key = kind.replace("_", " ") + " %", f"probe_{kind}"
-    MEASURES[kind] = (f"z_L, {heading}", 2, lambda e, z, key=key: e[key][z])
-    MEASURES[f"{kind}_all"] = (f"all, {heading}", 2, lambda e, z, key=key: e[key]["all"])
-del kind, heading, key
+KINDS = {k: k.replace("_", " ") for k in ("sample", "binarised_mean", "binarised_sample")}
+MEASURES |= {  # evaluate.py --probe-of
+    k: (f"z_L, {words} %", 2, lambda e, z, k=k: e[f"probe_{k}"][z]) for k, words in KINDS.items()
+} | {
+    f"{k}_all": (f"all, {words} %", 2, lambda e, z, k=k: e[f"probe_{k}"]["all"])
+    for k, words in KINDS.items()
+}
 SHOWN = ("probe", "all", "mine", "bpd", "kl", "active", "seconds")  # unless asked
 USUAL = {  # setting: its usual value, and what --words calls another
     "pay": ("inferred", "{} pay"),

@@ -121,7 +121,7 @@ class Run:
 
     def __init__(self, config: dict, device: torch.device, data: Data | None = None):
         self.config, self.device, self.folder = config, device, Path(config["out"])
-        self.images = None if data is None else evaluate.fingerprint(*data[:4], data.unlabelled)
+        self.images = None if data is None else evaluate.images_fingerprint(data)
         torch.manual_seed(config["seed"])
         self.model = baselines.build(network(config)).to(device)
         groups = self.model.parameter_groups(config["lr"])
