@@ -23,6 +23,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogFormatter
 from sklearn.manifold import TSNE
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -267,13 +268,14 @@ def fig6_depth(rows: list[Row]) -> Figure:
         raise Missing("runs that differ in --levels, on images with labels")
     axes = Figure(figsize=(6.4, 4.2), layout="none").subplots()
     for i, (method, line) in enumerate(lines.items()):
+        name = method.replace("+", " + ")
         levels, style = [row.levels for row in line], line_style(i, method)
         stats = [mean_std([tables.measures(run)["probe"] for run in row.runs]) for row in line]
-        axes.errorbar(levels, *zip(*stats, strict=True), label=method, capsize=3, **style)
+        axes.errorbar(levels, *zip(*stats, strict=True), label=name, capsize=3, **style)
         papers = {n: tables.paper(rows[0].dataset, method, n, gamma=0.9) for n in range(2, 11)}
         y = [float(paper.get("probe", "nan").split("±")[0]) for paper in papers.values()]
         if not np.isnan(y).all():
-            style |= dict(markerfacecolor="white", linestyle="none", label=f"{method}, paper")
+            style |= dict(markerfacecolor="white", linestyle="none", label=f"{name}, paper")
             axes.plot(list(papers), y, **style)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
@@ -331,6 +333,8 @@ def curves(rows: list[Row]) -> Figure:
         tidy(above, "minutes of training", name)
         tidy(below, "epochs", name)
     grid[0, 0].set_yscale("log")
+    grid[0, 0].yaxis.set_major_formatter(LogFormatter())  # 9, not 9 x 10^0
+    grid[0, 0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure

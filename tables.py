@@ -60,6 +60,7 @@ USUAL = {  # setting: its usual value, and what --words calls another
     "free_bits": (0, "{:g} free nats"),
     "threshold": (False, "black and white"),
     "validation": (False, "validation"),
+    "kl": ("exact", "{} KL"),  # of HVAE's earlier runs
 }
 
 
@@ -158,7 +159,7 @@ def at_epoch(run: Run, epoch: int) -> Run:
 
 def groups(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Rows by name, in the order given; the runs of each by seed. UserError where a row has a seed
-    twice, other settings, or seeds not measured alike (but for those that --minutes once ended)."""
+    twice, other settings, or seeds not measured alike."""
     rows: dict[str, dict[int, Run]] = {}
     for run in runs:
         row = rows.setdefault(run.row, {})
@@ -173,7 +174,7 @@ def groups(runs: Iterable[Run]) -> dict[str, list[Run]]:
                 raise UserError(f"{first.name} and {run.name} differ in {key}, {a} and {b}")
         for key, cure in ALIKE.items():
             a, b = first.evaluation.get(key), run.evaluation.get(key)
-            if None not in (a, b) and a != b and not run.config.get("minutes"):
+            if None not in (a, b) and a != b:
                 raise UserError(f"{first.name} and {run.name} differ in {key}, {a} and {b}: {cure}")
     return {label: [row[seed] for seed in sorted(row)] for label, row in rows.items()}
 

@@ -2623,7 +2623,7 @@ def test_packed_runs_are_the_runs(tmp_path, capsys):
 
 def test_mistakes_with_tables_give_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tables, "__doc__", None)  # as by python -OO
-    a = write_run(tmp_path, "a-0", {"rl": True, "device": "cpu", "eval_every": 5, "minutes": None})
+    a = write_run(tmp_path, "a-0", {"rl": True, "device": "cpu", "eval_every": 5, "latents": None})
     b = write_run(tmp_path, "a-1", {"rl": True, "seed": 1, "device": "cuda", "threshold": False})
     c = write_run(tmp_path, "a-2", {"rl": True, "seed": 2, "gamma": 0.8})
     assert "a      2" in printed(capsys, a, b)  # where and how it is computed may differ
@@ -2954,11 +2954,11 @@ def test_figure_6_has_the_seeds_and_the_paper():
     numbers = (("a", 0, 3, 70.0), ("b", 0, 5, 60.0), ("b", 1, 5, 62.0))
     axes = figures.fig6_depth(rows_of(*(made_up(*n) for n in numbers))).axes[0]
     (container,) = axes.containers
-    assert container.get_label() == "LVAE+RL"
+    assert container.get_label() == "LVAE + RL"
     assert container.lines[0].get_xydata().tolist() == [[3, 70], [5, 61]]
     bars = container.lines[2][0].get_segments()[1]
     assert bars[:, 1] == pytest.approx([61 - math.sqrt(2), 61 + math.sqrt(2)])
-    paper = next(line for line in axes.lines if line.get_label() == "LVAE+RL, paper")
+    paper = next(line for line in axes.lines if line.get_label() == "LVAE + RL, paper")
     points = paper.get_xydata()[~np.isnan(paper.get_ydata())]
     assert points[0].tolist() == [3, 78.77] and len(points) == 8
 
@@ -3155,6 +3155,26 @@ def test_the_first_table_of_the_readme():
         assert kl == f"{np.mean([v['kl'] for v in values]):.1f}"
         paper = tables.reported(groups[row][0])["probe"].partition("±")[0]
         assert beside == f"{float(paper):.1f}"
+
+
+def test_other_tables_of_the_readme():
+    """How often the sum of Q-values counts each term, by its gradients; and the rows of CIFAR-10."""
+    page = (HERE / "README.md").read_text()
+    log_px, kl = torch.zeros(5, 1, requires_grad=True), torch.zeros(5, 1, requires_grad=True)
+    order = (0, 1, 2, 3, 4)
+    rewards.q_values(log_px - rewards.kl_paid(kl, order), gamma=0.9).sum().backward()
+    for t in order:
+        counts = f"{log_px.grad[t].item():.2f} | {-kl.grad[t].item():.2f}"
+        assert f"| {t + 1} | z_{t + 1}, z_{5 - t} | {counts} |\n" in page
+    groups = tables.groups(tables.read([HERE / "results/cifar10.jsonl"]))
+    for method in ("hvae", "hvae-rl", "lvae-rl", "vae"):
+        small, best = groups[f"cifar10-{method}"], groups.get(f"cifar10-{method}-best", [])
+        probes = [[tables.measures(run)["probe"] for run in runs] for runs in (small, best)]
+        means = [f"{np.mean(values):.1f}" if values else "" for values in probes]
+        paper = float(tables.reported(small[0])["probe"].partition("±")[0])
+        label = f"{small[0].words} ({len(small)} seeds)"
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {label} |"))
+        assert cells(line) == [label, *means, f"{paper:.1f}"]
 
 
 def test_paper_to_code():
