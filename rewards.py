@@ -3,9 +3,9 @@
     An, Li, et al.: Improving Unsupervised Hierarchical Representation with Reinforcement Learning,
     CVPR 2024. Equation numbers are the paper's.
 
-A model is anything with the five names of `Model`. Levels and steps count from 0. Levels are listed
-bottom to top, steps in the order of inference: step t infers level order[t]. Values are per image,
-in nats, to be maximised; losses are to be minimised.
+A model is anything with the five names of `Model`. Code counts levels and steps from 0, formulas
+from 1: z_1 is level 0. Levels are listed bottom to top, steps as they are made: step t infers level
+order[t]. Values are in nats, one an image. Q-values are to be maximised, losses to be minimised.
 """
 
 import itertools
@@ -22,19 +22,20 @@ class Inference(NamedTuple):
     """One pass of the encoder; lists go bottom to top."""
 
     posteriors: list[Distribution]  # of z_l, given x and the samples that it is conditioned on
-    priors: list[Distribution]  # of z_l, given the sample above; the top one may have batch size 1
+    priors: list[Distribution]  # p(z_l | sample above); that of the top may have batch size 1
     latents: list[Tensor]  # reparameterised samples of z_l, (B, ...)
-    pixels: Distribution | None = None  # p(x | all latents) of a model that has no `decode`
+    pixels: Distribution | None = None  # p(x | all latents) where it is not Markov: ELBO alone
 
 
 class Model(Protocol):
     """A Markov hierarchy p(x|z_1) p(z_1|z_2) ... p(z_L) and its inference, level by level.
 
-    All distributions have one batch dimension: log_prob and KL are one number an image.
+    All distributions have one batch dimension: log_prob and KL are one number an image. The decoder
+    gets z alone, no features that pass a level by, and no image sees another (no batch norm).
     """
 
     levels: int  # L, which is also T, the number of steps
-    order: Sequence[int]  # the levels as they are inferred: bottom-up (0, ..., L-1)
+    order: Sequence[int]  # the levels as inferred: (0, ..., L-1) bottom-up, (L-1, ..., 0) top-down
 
     def infer(self, x: Tensor) -> Inference:
         """Posteriors, priors and samples of all levels from images x (B, ...)."""
@@ -68,14 +69,15 @@ def one_an_image(values: Tensor, images: int) -> Tensor:
 def kl_terms(inference: Inference, order: Sequence[int]) -> Tensor:
     """(L, B), bottom to top: what each level adds to the KL of all latents (Eq. 4 to 6).
 
-    Where the level above is inferred first, this is the KL of posterior and prior in closed form.
-    Where it is inferred later, its sample depends on this level's own, and the closed form would
-    overlook that: then it is log q - log p of the samples, whose mean is exact.
+    Where the level above is inferred first, the closed form of posterior and prior. Where it is
+    inferred later, its sample is drawn given this level's own, which the closed form overlooks:
+    then log q - log p of the samples. This may be negative; the mean of all levels' sum is a KL.
     """
     inferred = zip(inference.posteriors, inference.priors, inference.latents, strict=True)
+    step = {level: t for t, level in enumerate(order)}
     terms = []
     for level, (q, p, z) in enumerate(inferred):
-        above_is_later = level + 1 in order[list(order).index(level) :]
+        above_is_later = step.get(level + 1, -1) > step[level]
         kl = q.log_prob(z) - p.log_prob(z) if above_is_later else kl_divergence(q, p)
         terms.append(one_an_image(kl, len(z)))
     return torch.stack(terms)
@@ -103,9 +105,7 @@ def weigh_kl(kl: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
 
 def reconstruction(model: Model, x: Tensor, inference: Inference) -> Tensor:
     """(B,): log p(x|z) given all latents inferred. Given z_1 nothing above it reaches x."""
-    pixels = getattr(inference, "pixels", None)
-    if pixels is None:
-        pixels = model.decode(inference.latents[0])
+    pixels = inference.pixels or model.decode(inference.latents[0])
     return one_an_image(pixels.log_prob(x), len(x))
 
 
@@ -117,18 +117,18 @@ def through(prior: Distribution, skip: str) -> Tensor:
 
 
 def skip_paths(
-    model: Model, x: Tensor, inference: Inference, images: Sequence[slice | None], skip="mean"
+    model: Model, x: Tensor, inference: Inference, parts: Sequence[slice | None], skip="mean"
 ) -> list[Tensor]:
     """log p(x|z^t) down the skip path of step t's posterior sample: Eq. 24's first term.
 
-    `images[t]` says which of the batch step t decodes: `slice(None)` all, None none. Gives a tensor
-    of so many values for each step that decodes some. Below z^t a path takes the means of the
-    priors (`skip="mean"`) or a sample of each ("sample").
+    Step t decodes the images `parts[t]` of the batch: `slice(None)` all, None none. Returns, in the
+    order of steps, a tensor for each that decodes some, with one value an image. Below z^t a path
+    takes the means of the priors (`skip="mean"`) or a sample of each ("sample").
 
-    All paths go down in one batch, the lowest level's first. The first step of each is the prior
-    of the level below, which `inference` has computed for the KL already.
+    All paths go down in one batch, the lowest level's first. A path enters the level below its own
+    by the prior that `infer` has computed for the KL already.
     """
-    paths = {k: part for k, part in zip(model.order, images, strict=True) if part is not None}
+    paths = {level: part for level, part in zip(model.order, parts, strict=True) if part}
     z: list[Tensor] = []  # values of z_level on the paths that pass it, the lowest path's first
     for level in reversed(range(model.levels)):
         if z:
@@ -139,8 +139,8 @@ def skip_paths(
         z.insert(0, inference.latents[0][paths[0]])
     targets = [x[paths[level]] for level in sorted(paths)]
     log_px = model.decode(torch.cat(z)).log_prob(torch.cat(targets))
-    parts = one_an_image(log_px, sum(map(len, targets))).split([*map(len, targets)])
-    of_level = dict(zip(sorted(paths), parts, strict=True))
+    values = one_an_image(log_px, sum(map(len, targets))).split([*map(len, targets)])
+    of_level = dict(zip(sorted(paths), values, strict=True))
     return [of_level[level] for level in model.order if level in paths]
 
 
@@ -160,8 +160,8 @@ def rewards(
 
     With `first`, (T - first, B): steps before it are not decoded.
     """
-    images = [slice(None) if t >= first else None for t in range(model.levels)]
-    log_px = torch.stack(skip_paths(model, x, inference, images, skip))
+    parts = [slice(None) if t >= first else None for t in range(model.levels)]
+    log_px = torch.stack(skip_paths(model, x, inference, parts, skip))
     return log_px - kl_paid(kl, model.order, pay)[first:]  # Eq. 24
 
 
@@ -223,7 +223,7 @@ def sampled_loss(
 ) -> Loss:
     """An unbiased estimate of `joint_loss` at about the price of the ELBO: one path an image.
 
-    x has to be in random order, see `share_images`.
+    An image's place in the batch decides its path, see `share_images`: shuffle every batch.
     """
     inference = model.infer(x)
     kl = kl_terms(inference, model.order)
@@ -241,8 +241,8 @@ def share_images(images: int, weights: Sequence[float]) -> list[slice]:
     at least one image a step. The last step has the first images. Where there are fewer images than
     steps, each step decodes them all.
 
-    The order of the images decides. It has to be random, as in a shuffled batch: then each image
-    has the same chance of each path, and `weighted_mean` is without bias. All shapes are fixed.
+    In a shuffled batch each image has the same chance of each path: then `weighted_mean` is without
+    bias. Shares are rounded by the largest remainder, ties to later steps. All shapes are fixed.
     """
     if images < len(weights):
         return [slice(None)] * len(weights)
@@ -274,8 +274,8 @@ def ivae_loss(model: Model, x: Tensor, skip="mean", sampled=False, beta=1.0, fre
     kl = kl_terms(inference, model.order)
     cost = weigh_kl(kl, beta, free_bits).sum(dim=0).mean()
     even = [1 / model.levels] * model.levels
-    images = share_images(len(x), even) if sampled else [slice(None)] * model.levels
-    log_px = skip_paths(model, x, inference, images, skip)
+    parts = share_images(len(x), even) if sampled else [slice(None)] * model.levels
+    log_px = skip_paths(model, x, inference, parts, skip)
     return Loss(cost - weighted_mean(log_px, even, len(x)), kl.detach().mean(dim=1))
 
 
