@@ -41,10 +41,10 @@ class Model(Protocol):
         """Posteriors, priors and samples of all levels from images x (B, ...)."""
 
     def prior(self, level: int, z: Tensor) -> Distribution:
-        """p(z_level | z_{level+1} = z)."""
+        """p(z_level | z_{level+1} = z), of level 0 p(z_1 | z_2 = z)."""
 
     def decode(self, z: Tensor) -> Distribution:
-        """p(x | z_1 = z)."""
+        """p(x | z_1 = z), z of level 0."""
 
 
 class Loss(NamedTuple):
@@ -92,7 +92,7 @@ def log_ratios(inference: Inference) -> Tensor:
 
 
 def weigh_kl(kl: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
-    """(L, B) KL as the objective counts it: beta max(free_bits, KL).
+    """beta KL as the objective counts it, (L, B).
 
     Free bits are nats a level (Kingma et al. 2016). While a level's mean over the batch is below,
     it counts as that constant and has no gradient.
@@ -179,7 +179,7 @@ def path_weights(steps: int, gamma: float) -> list[float]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Losses of a batch x (B, C, H, W)
+# Losses of a batch x (B, ...)
 
 
 def elbo_loss(model: Model, x: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Loss:
@@ -200,8 +200,8 @@ def stepwise_loss(
     beta: float = 1.0,
     free_bits: float = 0.0,
 ) -> Loss:
-    """-Q_step (Eq. 9): one of the T updates that Algorithm 1 makes with a batch, each inferring
-    afresh. The gradient also goes through the states before the step."""
+    """-Q_step, step from 0 (Eq. 9): one of the T updates that Algorithm 1 makes with a batch, each
+    inferring afresh. The gradient also goes through the states before the step."""
     inference = model.infer(x)  # Eq. 20 to 23
     kl = kl_terms(inference, model.order)
     r = rewards(model, x, inference, weigh_kl(kl, beta, free_bits), step, skip, pay)
@@ -211,7 +211,7 @@ def stepwise_loss(
 def joint_loss(
     model: Model, x: Tensor, gamma: float, skip="mean", pay="inferred", beta=1.0, free_bits=0.0
 ) -> Loss:
-    """-sum_t Q_t, the whole gradient of Eq. 28 in one update."""
+    """-sum_t Q_t (Eq. 28), all steps in one update. About sum_t w_t times as large as an ELBO."""
     inference = model.infer(x)
     kl = kl_terms(inference, model.order)
     r = rewards(model, x, inference, weigh_kl(kl, beta, free_bits), skip=skip, pay=pay)
