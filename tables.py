@@ -61,6 +61,7 @@ USUAL = {  # setting: its usual value, and what --words calls another
     "threshold": (False, "black and white"),
     "validation": (False, "validation"),
     "kl": ("exact", "{} KL"),  # of HVAE's earlier runs
+    "residual": (False, "residual connections"),  # of runs with a changed copy of models.py
 }
 
 
