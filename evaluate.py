@@ -182,7 +182,8 @@ def probes(
 @torch.no_grad()
 def active_units(model: models.Network, images: Tensor) -> list[int]:
     """How many dimensions of each level have a posterior mean whose variance over the images
-    exceeds ACTIVE, bottom to top. A collapsed level (Eq. 7) has none."""
+    exceeds ACTIVE, bottom to top. A collapsed z_L (Eq. 7) has none; below it a mean of LVAE also
+    varies with the level above."""
     sums = [
         torch.zeros(2, math.prod(shape), dtype=torch.float64, device=model.device)
         for shape in model.latent_shapes

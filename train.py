@@ -67,7 +67,7 @@ def losses(
 def algorithm_1(run: "Run", x: Tensor, beta: float | Tensor, free_bits: float) -> Tensor:
     """The updates by one batch x (B, C, H, W): Algorithm 1's loop over t = 1 ... T.
 
-    With `--update stepwise` each step infers afresh and ascends its Q_t, as the paper has it. The
+    With `--update stepwise` each step infers afresh and ascends its Q_t (Eq. 9). The
     other updates are one step for all t. Returns (updates, 1 + L): the loss and each level's KL.
     """
     made = []
@@ -372,7 +372,7 @@ def introduce(run: Run, data: Data) -> None:
     if c["rl"] or c["ivae"]:
         objective = "Q-value (Eq. 26), gamma {gamma}" if c["rl"] else "IVAE (Eq. 39)"
         objective += ", {update} updates"
-    stepwise = " (stepwise is Algorithm 1 as it stands)" * (c["rl"] and c["update"] != "stepwise")
+    stepwise = " (stepwise is Algorithm 1)" * (c["rl"] and c["update"] != "stepwise")
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     graph = ", one CUDA graph a batch" if run.captured is not None else ""
     processes = f", one of {SIZE} processes" if SIZE > 1 else ""
