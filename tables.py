@@ -231,7 +231,8 @@ def table(
     parts = []
     for dataset in dict.fromkeys(runs[0].config["dataset"] for runs in rows.values()):
         here = {name: runs for name, runs in rows.items() if runs[0].config["dataset"] == dataset}
-        names = [runs[0].words if words else name for name, runs in here.items()]
+        old = {name: ", closed-form KL" * ("kl" in runs[0].config) for name, runs in here.items()}
+        names = [runs[0].words if words else name + old[name] for name, runs in here.items()]
         filled = [["", *names], ["seeds", *(str(len(runs)) for runs in here.values())]]
         for name in columns:
             heading, decimals, _ = MEASURES[name]

@@ -2585,10 +2585,12 @@ def test_rows_in_words(tmp_path, capsys):
         write_run(tmp_path, "b", {"rl": True, "arch": "hvae", **more}),
         write_run(tmp_path, "c", {"ivae": True, "update": "joint", "warmup": 0}),
         write_run(tmp_path, "d", {"warmup": 2, "free_bits": 2.0, "latents": "9,8,7,6,5"}),
+        write_run(tmp_path, "e", {"arch": "hvae", "warmup": 0, "kl": "closed-form"}),
     ]
-    *_, a, b, c, d = printed(
-        capsys, *runs, "--markdown", "--words", "--columns", "epochs"
-    ).splitlines()
+    command = [*runs, "--markdown", "--columns", "epochs"]
+    assert cells(printed(capsys, *command).splitlines()[-1])[0] == "e, closed-form KL"
+    *_, a, b, c, d, e = printed(capsys, *command, "--words").splitlines()
+    assert cells(e)[0] == "HVAE, closed-form KL"
     assert cells(a) == ["LVAE + RL", "2", "2"]
     assert cells(b)[0] == "HVAE + RL, own pay, gamma 0, size deep, no merge"
     assert cells(c)[0] == "LVAE + IVAE, joint, no warm-up"
