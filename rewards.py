@@ -105,7 +105,7 @@ def weigh_kl(kl: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
 
 def reconstruction(model: Model, x: Tensor, inference: Inference) -> Tensor:
     """(B,): log p(x|z) given all latents inferred. Given z_1 nothing above it reaches x."""
-    pixels = inference.pixels or model.decode(inference.latents[0])
+    pixels = getattr(inference, "pixels", None) or model.decode(inference.latents[0])
     return one_an_image(pixels.log_prob(x), len(x))
 
 
