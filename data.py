@@ -284,9 +284,7 @@ def _stl10(data_dir: Path, download: bool, unlabelled: bool) -> Data:
         images = resized(split)
         labels = torch.from_numpy(np.fromfile(base / f"{split}_y.bin", np.uint8)).long() - 1
         if len(labels) != len(images) or not 0 <= labels.min() <= labels.max() < 10:
-            raise _wrong(
-                "stl10", data_dir, f"{split}_y.bin needs {len(images)} labels from 1 to 10"
-            )
+            raise _wrong("stl10", data_dir, f"{split}_y.bin needs {len(images)} labels, 1 to 10")
         tensors += [images, labels]
     classes = tuple((base / Kind.class_names_file).read_text().split())
     return Data(*tensors, classes, resized("unlabeled") if unlabelled else None)
@@ -306,19 +304,20 @@ def _tinyimagenet(data_dir: Path, download: bool) -> Data:
             md5 = "90528d7ca1a48142e341f4ef8d21d0de"
             _get("tinyimagenet", data_dir, lacking, download_url, url, data_dir, archive.name, md5)
         _unpack(archive)
-    wnids = sorted((root / "wnids.txt").read_text().split())
+    wnids = sorted((root / "wnids.txt").read_text(errors="replace").split())
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     train = [f for f in pictures(root / "train") if f.partition("/")[0] in label_of]
     train_labels = [label_of[file.partition("/")[0]] for file in train]  # WNID/images/WNID_7.JPEG
     if missing := set(range(len(wnids))) - set(train_labels):
         raise _wrong("tinyimagenet", data_dir, f"{root} has no images of {wnids[min(missing)]}")
     # The test images of all classes lie in one folder. This file tells which is which.
-    lines = (root / "val/val_annotations.txt").read_text().splitlines()
+    lines = (root / "val/val_annotations.txt").read_text(errors="replace").splitlines()
     wnid_of = dict(f"{line}\t".split("\t")[:2] for line in lines)
     test = pictures(root / "val/images")
     if odd := sorted(set(test) ^ {file for file, wnid in wnid_of.items() if wnid in label_of}):
         raise _wrong("tinyimagenet", data_dir, f"{root}/val lacks {odd[0]} or its annotation")
-    words = dict(row.partition("\t")[::2] for row in (root / "words.txt").read_text().split("\n"))
+    rows = (root / "words.txt").read_text(errors="replace").splitlines()
+    words = dict(row.partition("\t")[::2] for row in rows)
     kept = data_dir / "decoded"
     return Data(
         decoded(root / "train", train, 64, None, kept / "tinyimagenet-train.npy"),
