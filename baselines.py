@@ -51,7 +51,7 @@ class BIVA(Network):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.order = tuple(reversed(range(self.levels)))
+        self.order = tuple(range(self.levels))  # of the z_l^BU, which all levels above see
         channels, shapes, sizes = config.channels, self.latent_shapes, self.sizes[1:]
         self.latent_shapes = [(2 * d, *maps) for d, *maps in shapes[:-1]] + shapes[-1:]
         # Upwards, for q(z_l^BU) and q(z_L).

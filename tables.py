@@ -60,7 +60,7 @@ USUAL = {  # setting: its usual value, and what --words calls another
     "free_bits": (0, "{:g} free nats"),
     "threshold": (False, "black and white"),
     "validation": (False, "validation"),
-    "kl": ("exact", "{} KL"),  # of HVAE's earlier runs
+    "kl": ("exact", "{} KL"),  # of earlier runs of HVAE and BIVA
     "residual": (False, "residual connections"),  # of runs with a changed copy of models.py
 }
 
