@@ -89,7 +89,8 @@ def seconds_per_batch(ways: dict, batches: Iterator[Tensor]) -> dict[str, list[f
         images = next(batches)
         for name in names[i % len(names) :] + names[: i % len(names)]:
             run, update = ways[name]
-            wait = torch.cuda.synchronize if run.device.type == "cuda" else bool
+            cuda = run.device.type == "cuda"
+            wait = partial(torch.cuda.synchronize, run.device) if cuda else bool
             wait()
             before = time.perf_counter()
             update(run, to_input(images.to(run.device)))

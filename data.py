@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from files import BLOCK, UserError, cached, decoded, pictures, stamp
 
@@ -411,9 +412,9 @@ def shuffled(images: Tensor, batch_size: int, seed: int, epoch: int) -> list[Ten
     return list(order.split(batch_size))
 
 
-def in_order(images: Tensor, device: torch.device, pixels: int = 401_408) -> Iterator[tuple]:
-    """Images (N, ...) on the device, in batches of about so many values, by default 512 of 28x28.
-    Yields the number of a batch's first image, and the batch."""
-    size = max(1, pixels // images[0].numel())
-    for start in range(0, len(images), size):
+def in_order(images: Tensor, device: torch.device, what: str) -> Iterator[tuple[int, Tensor]]:
+    """Images (N, ...) on the device, in batches of 512 of 28x28 or of as many values; on a terminal
+    a bar says what for. Yields the number of a batch's first image, and the batch."""
+    size = max(1, 401_408 // images[0].numel())
+    for start in tqdm(range(0, len(images), size), what, leave=False, disable=None):
         yield start, images[start : start + size].to(device)

@@ -25,9 +25,9 @@ from torch import Tensor
 from files import UserError
 
 # Under torchrun every process takes its rows of each batch; the first one evaluates and writes.
-RANK, LOCAL_RANK, SIZE = (
+RANK, LOCAL_RANK, SIZE, LOCAL_SIZE = (
     int(os.environ[name]) if dist.is_torchelastic_launched() else alone
-    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
 )
 FIRST = RANK == 0
 

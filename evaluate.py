@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import zipfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -36,23 +35,9 @@ FILES = (CHECKPOINT, "config.json", "metrics.jsonl", "eval.json")  # of a run's 
 PROVENANCE = ("epoch", "updates", "made_by")  # what a checkpoint knows beside its configuration
 ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active (Burda et al. 2016)
 WIDEST = 1024  # numbers of a level that the probe takes: wider maps are averaged over squares
-PROBE_OF = {  # what of the posterior is probed: arguments of `representations`
-    "mean": {},
-    "sample": dict(sample=True),
-    "binarised-mean": dict(binarised=True),
-    "binarised-sample": dict(binarised=True, sample=True),
-}
-
+PROBE_OF = ("mean", "sample", "binarised-mean", "binarised-sample")  # what may be probed
 
 bar = partial(tqdm, leave=False, disable=None)  # on a terminal alone
-
-
-def batches(images: Tensor, device: torch.device, what: str) -> Iterator[tuple[int, Tensor]]:
-    """`in_order`, with a bar that says what is measured."""
-    with bar(desc=what, total=len(images), unit=" images") as shown:
-        for start, batch in in_order(images, device):
-            yield start, batch
-            shown.update(len(batch))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,7 +127,7 @@ def representations(
     """
     device = model.device
     parts: list[list[Tensor]] = [[] for _ in range(model.levels)]
-    for start, batch in batches(images, device, "representations"):
+    for start, batch in in_order(images, device, "representations"):
         with seeded(device, seed + start):
             x = to_input(batch) if binarised else to_unit(batch)
             latents = model.infer(x, sample=sample).latents
@@ -161,12 +146,11 @@ def probes(
     if data.train_labels is None or len(data.train_labels.unique()) < 2:
         return {}
     labels = data.train_labels.numpy(), data.test_labels.numpy()
-    splits = (data.train, 0), (data.test, len(data.train))  # images, seed
+    of = dict(sample="sample" in kind, binarised="binarised" in kind, widest=WIDEST)
     train, test = (
-        [z.cpu().numpy() for z in representations(model, images, seed=seed, widest=WIDEST,
-                                                  **PROBE_OF[kind])]
-        for images, seed in splits
-    )  # fmt: skip
+        [z.cpu().numpy() for z in representations(model, images, seed=seed, **of)]
+        for images, seed in ((data.train, 0), (data.test, len(data.train)))
+    )
     if which == "top":
         return {f"z{model.levels}": linear_probe(train[-1], labels[0], test[-1], labels[1])}
     views = {f"z{level + 1}": (train[level], test[level]) for level in range(model.levels)}
@@ -188,7 +172,7 @@ def active_units(model: models.Network, images: Tensor) -> list[int]:
         torch.zeros(2, math.prod(shape), dtype=torch.float64, device=model.device)
         for shape in model.latent_shapes
     ]
-    for _, batch in batches(images, model.device, "active units"):
+    for _, batch in in_order(images, model.device, "active units"):
         for total, z in zip(sums, model.infer(to_unit(batch), sample=False).latents, strict=True):
             z = z.flatten(1).double()
             total += torch.stack([z.sum(0), z.square().sum(0)])
@@ -206,7 +190,7 @@ def densities(model: models.Network, images: Tensor, samples: int = 0, seed: int
     """
     device, levels = model.device, model.levels
     sums = torch.zeros(2 * levels + 2, dtype=torch.float64, device=device)
-    for start, batch in batches(images, device, "likelihoods"):
+    for start, batch in in_order(images, device, "likelihoods"):
         with seeded(device, seed + start):
             x = to_input(batch)
             inference = model.infer(x)
@@ -338,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="a folder that train.py has written, or a file of weights")
     parser.add_argument("--probe", choices=("every", "top"), default="every",
                         help="every level and all together (default), or z_L alone, much sooner")
-    parser.add_argument("--probe-of", choices=tuple(PROBE_OF), default="mean",
+    parser.add_argument("--probe-of", choices=PROBE_OF, default="mean",
                         help="what else is probed beside the posterior's mean: a sample of it, and "
                         "either of binarised images")
     parser.add_argument("--mine", nargs="?", const="top", metavar="LEVELS",
@@ -382,7 +366,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def kept_evaluation(run: Path, model: models.Network, data: Data, config: dict) -> dict:
     """What eval.json has, if it is of these weights and images; else what it is to begin with."""
-    about = describe(config) | {
+    keys = ("out", "epoch", "updates", "dataset", "arch", "rl", "ivae")
+    about = {key: config[key] for key in keys} | {
+        "commit": commit(),
         "weights": fingerprint(*model.state_dict().values()),
         "images": images_fingerprint(data),
     }
@@ -405,12 +391,6 @@ def keep(run: Path, result: dict) -> str:
             return f"not kept: {run} has been trained on since"
         write_json(run / "eval.json", result)
     return ""
-
-
-def describe(config: dict) -> dict:
-    """What was trained, which eval.json begins with, and the commit of the code that measures."""
-    keys = ("out", "epoch", "updates", "dataset", "arch", "rl", "ivae")
-    return {key: config[key] for key in keys} | {"commit": commit()}
 
 
 if __name__ == "__main__":

@@ -40,44 +40,33 @@ class Config(NamedTuple):
     he_init: bool = False  # of the weights around latents: see `he_initialisation`
 
 
+PAPER = dict(kernels=(5, 3, 3, 3, 3), blocks=3, patch=1)
+SMALL = dict(kernels=(3, 3, 3, 3, 3), blocks=1, patch=4)
 PRESETS = {  # size, then kind of image: "large" are colour images of more than 48 pixels a side
     "paper": {
-        "grey": dict(
-            channels=64, kernels=(5, 3, 3, 3, 3), strides=(2, 2, 1, 1, 1), blocks=3, patch=1,
-            latents=("128", "64", "32", "16", "8"),
-        ),
-        "colour": dict(
-            channels=256, kernels=(5, 3, 3, 3, 3), strides=(2, 2, 2, 2, 2), blocks=3, patch=1,
-            latents=("128c", "64c", "256", "128", "64"),
-        ),
+        "grey": PAPER | dict(channels=64, strides=(2, 2, 1, 1, 1), latents="128,64,32,16,8"),
+        "colour": PAPER | dict(channels=256, strides=(2,) * 5, latents="128c,64c,256,128,64"),
     },
     "small": {
-        "grey": dict(
-            channels=32, kernels=(3, 3, 3, 3, 3), strides=(1, 2, 1, 1, 1), blocks=1, patch=4,
-            latents=("8c", "64", "32", "16", "8"),
-        ),
-        "colour": dict(
-            channels=64, kernels=(3, 3, 3, 3, 3), strides=(1, 2, 1, 2, 1), blocks=1, patch=4,
-            latents=("16c", "8c", "128", "64", "64"),
-        ),
+        "grey": SMALL | dict(channels=32, strides=(1, 2, 1, 1, 1), latents="8c,64,32,16,8"),
+        "colour": SMALL | dict(channels=64, strides=(1, 2, 1, 2, 1), latents="16c,8c,128,64,64"),
     },
-}  # fmt: skip
-PRESETS["paper"]["large"] = PRESETS["paper"]["colour"]
-PRESETS["small"]["large"] = PRESETS["small"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
+}
 PRESETS["best"] = {
     "grey": PRESETS["small"]["grey"] | dict(channels=64),
-    "colour": PRESETS["small"]["colour"] | dict(latents=("16c", "8c", "256", "128", "64")),
+    "colour": PRESETS["small"]["colour"] | dict(latents="16c,8c,256,128,64"),
 }
-PRESETS["best"]["large"] = PRESETS["best"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
 PRESETS["deep"] = {
-    "grey": PRESETS["small"]["grey"]
-    | dict(latents=("128",) * 6 + ("64", "32", "16", "8"), he_init=True)
+    "grey": PRESETS["small"]["grey"] | dict(latents="128," * 6 + "64,32,16,8", he_init=True)
 }
+PRESETS["paper"]["large"] = PRESETS["paper"]["colour"]
+PRESETS["small"]["large"] = PRESETS["small"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
+PRESETS["best"]["large"] = PRESETS["best"]["colour"] | dict(strides=(2, 2, 1, 2, 1))
 ARCHS = ("vae", "aae", "hvae", "lvae", "biva")
 ONE_LEVEL = ("vae", "aae")
 
 
-def latent_names(levels: int, grey: bool, preset_names: tuple[str, ...]) -> tuple[str, ...]:
+def latent_names(levels: int, grey: bool, preset_names: list[str]) -> list[str]:
     """The latents of a hierarchy of any depth, bottom to top.
 
     Grey: 8 at the top, doubling downwards and staying at 128. Colour: the preset's, counted from
@@ -86,7 +75,7 @@ def latent_names(levels: int, grey: bool, preset_names: tuple[str, ...]) -> tupl
     if levels == len(preset_names):
         return preset_names
     if grey:
-        return tuple(str(min(128, 8 * 2**i)) for i in reversed(range(levels)))
+        return [str(min(128, 8 * 2**i)) for i in reversed(range(levels))]
     missing = levels - len(preset_names)
     return preset_names[:1] * missing + preset_names[max(0, -missing) :]
 
@@ -109,13 +98,14 @@ def configure(
     if kind not in PRESETS[size]:
         raise ValueError(f"--size {size} is for grey images: colour has small, best and paper")
     row = PRESETS[size][kind]
+    usual = row["latents"].split(",")
     if latents is not None:
-        names = tuple(part.strip() for part in latents.split(","))
+        names = [part.strip() for part in latents.split(",")]
         if levels not in (None, len(names)):
             raise ValueError(f"latents {latents!r} name {len(names)} levels, not {levels}")
     else:
-        usual = 1 if arch in ONE_LEVEL else len(row["latents"])
-        names = latent_names(usual if levels is None else levels, image[0] == 1, row["latents"])
+        standard = 1 if arch in ONE_LEVEL else len(usual)
+        names = latent_names(standard if levels is None else levels, image[0] == 1, usual)
     per_level = [  # beyond the preset's levels as its last
         tuple(row[key][min(i, len(row[key]) - 1)] for i in range(len(names)))
         for key in ("kernels", "strides")
@@ -140,7 +130,7 @@ def configure(
     return Config(
         arch="hvae" if arch == "vae" else arch,  # at one level the two are the same model
         image=tuple(image),
-        latents=names,
+        latents=tuple(names),
         channels=channels or row["channels"],
         kernels=per_level[0],
         strides=per_level[1],

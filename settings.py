@@ -17,30 +17,25 @@ BASE = dict(  # whatever --size, --dataset and --rl
     image_size=None, unlabelled=False, threshold=False, validation=False, train_images=None,
     size="small", latents=None, levels=None, channels=None, mean_field=False, warmup=0,
     free_bits=0.0, free_bits_epochs=None, seed=0, device="auto", dtype="auto", eval_every=0,
-    probe="every",
+    probe="every", lr=1e-3, update="sampled", batch_size=128, schedule="constant", ema=0.0,
+    pay="inferred",
 )  # fmt: skip
-SMALL = dict(
-    lr=1e-3, update="sampled", batch_size=128, schedule="constant", ema=0.0, pay="inferred"
-)
-BEST = SMALL | dict(schedule="cosine", ema=0.999)
-DEEP = SMALL | dict(pay="own")
-PAPER = SMALL | dict(lr=3e-4, update="joint", epochs=1000)
+BEST = dict(schedule="cosine", ema=0.999)
+PAPER = dict(epochs=1000, lr=3e-4, update="joint")
 RECIPE = dict(warmup=200, free_bits=2.0, free_bits_epochs=400)  # of the paper, by the ELBO
-# Presets of training, by --size and kind of images: for every objective; by RL or IVAE; by the ELBO
-# of a hierarchy. Early on a level's KL costs more than it earns: for about 240 updates as a whole,
-# for about a thousand in single units. So RL and IVAE have a warm-up, of at most half the epochs.
+# What --size and the kind of images change of BASE, and the warm-up of RL and IVAE. Early on a
+# level's KL costs more than it earns: for about 240 updates as a whole, for about a thousand in
+# single units. So these have a warm-up, of at most half the epochs.
 TRAINING = {
-    ("small", "digits"): (SMALL | dict(epochs=80), dict(warmup=20), {}),
-    ("small", "grey"): (SMALL | dict(epochs=20), dict(warmup=10), {}),
-    ("small", "colour"): (SMALL | dict(epochs=10), dict(warmup=10), {}),
-    ("best", "digits"): (BEST | dict(epochs=80), dict(warmup=20), {}),
-    ("best", "grey"): (BEST | dict(epochs=40), dict(warmup=20), {}),
-    ("best", "colour"): (BEST | dict(epochs=15, batch_size=32, pay="own"), dict(warmup=20), {}),
-    ("deep", "digits"): (DEEP | dict(epochs=80), dict(warmup=20), {}),
-    ("deep", "grey"): (DEEP | dict(epochs=20), dict(warmup=10), {}),
-    ("paper", "digits"): (PAPER, dict(warmup=0), RECIPE),
-    ("paper", "grey"): (PAPER, dict(warmup=0), RECIPE),
-    ("paper", "colour"): (PAPER, dict(warmup=0), RECIPE),
+    ("small", "digits"): (dict(epochs=80), 20),
+    ("small", "grey"): (dict(epochs=20), 10),
+    ("small", "colour"): (dict(epochs=10), 10),
+    ("best", "digits"): (BEST | dict(epochs=80), 20),
+    ("best", "grey"): (BEST | dict(epochs=40), 20),
+    ("best", "colour"): (BEST | dict(epochs=15, batch_size=32, pay="own"), 20),
+    ("deep", "digits"): (dict(epochs=80, pay="own"), 20),
+    ("deep", "grey"): (dict(epochs=20, pay="own"), 10),
+    **{("paper", kind): (PAPER, 0) for kind in ("digits", "grey", "colour")},
 }
 
 
@@ -131,13 +126,12 @@ def defaults(given: dict) -> dict:
     config = BASE | given
     levels, dataset = len(network(config).latents), config["dataset"]
     kind = "digits" if dataset == "digits" else "colour" if SHAPES[dataset][0] > 1 else "grey"
-    every, by_q, by_elbo = TRAINING[config["size"], kind]
-    config |= every
+    changed, warmup = TRAINING[config["size"], kind]
+    config |= changed
     if config["rl"] or config["ivae"]:
-        half = max(1, (config | given)["epochs"] // 2)
-        config |= by_q | {"warmup": min(by_q["warmup"], half)}
-    elif config["arch"] not in models.ONE_LEVEL:
-        config |= by_elbo
+        config["warmup"] = min(warmup, max(1, (config | given)["epochs"] // 2))
+    elif config["size"] == "paper" and config["arch"] not in models.ONE_LEVEL:
+        config |= RECIPE
     if config["size"] == "paper" and config["rl"]:  # as many updates
         config |= dict(update="stepwise", epochs=max(1, round(config["epochs"] / levels)))
     if config["size"] == "paper" and dataset == "tinyimagenet":

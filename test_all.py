@@ -635,8 +635,8 @@ def test_biva_is_conditioned_as_it_says():
 
 
 def test_biva_generates_what_it_infers(fixed_noise):
-    """From the latents alone, lower levels from their priors; and the ELBO: log p(x, z) - log q(z|x)
-    of the sample, but for z_L, whose posterior and prior depend on nothing drawn after it."""
+    """From the latents alone, lower levels from their priors. The ELBO has log p - log q of the
+    sample, but for z_L, whose posterior and prior depend on nothing drawn after it."""
     model, x = tiny("biva", 3), images(4)
     _, priors, z, pixels = inference = model.infer(x)
     assert_same(model.generate(z).mean, pixels.mean)
@@ -1609,10 +1609,10 @@ def test_batches():
     for seed, epoch in [(1, 4), (1, 5), (2, 4)]:
         again = data.shuffled(pictures, 10, seed, epoch)
         assert torch.equal(torch.cat(batches), torch.cat(again)) == ((seed, epoch) == (1, 4))
-    parts = list(data.in_order(torch.arange(1100).view(1100, 1), cpu, pixels=500))
-    assert [(start, len(p)) for start, p in parts] == [(0, 500), (500, 500), (1000, 100)]
-    assert torch.cat([p for _, p in parts]).flatten().tolist() == list(range(1100))
-    assert len(next(data.in_order(torch.zeros(600, 1, 28, 28), cpu))[1]) == 512
+    parts = list(data.in_order(torch.arange(1100).view(1100, 1).expand(1100, 28 * 28), cpu, "test"))
+    assert [(start, len(p)) for start, p in parts] == [(0, 512), (512, 512), (1024, 76)]
+    assert torch.cat([p[:, 0] for _, p in parts]).tolist() == list(range(1100))
+    assert len(next(data.in_order(torch.zeros(600, 3, 14, 28), cpu, "test"))[1]) == 341
 
 
 def test_binarisation():
@@ -1837,6 +1837,18 @@ def test_files_follow_the_checkpoint(few, tmp_path):
     seen = [path.read_text() for path in files_of]
     assert seen[0] == whole[0] and json.loads(seen[1])["seed"] == 3
     assert len(json.loads(seen[1])["made_by"]) == 1
+
+
+def test_raised_epochs_stay_raised(few, tmp_path, monkeypatch):
+    """Where the run is stopped before it first saves itself."""
+    out = tmp_path / "run"
+    train.main([*TINY, "--out", str(out), "--epochs", "1", "--probe", "top"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(train, "update", mock.Mock(side_effect=KeyboardInterrupt))
+        train.main(["--resume", str(out), "--epochs", "2"])
+    assert end.value.code == 130
+    train.main(["--resume", str(out)])
+    assert [line["epoch"] for line in metrics_of(out)] == [1, 2]
 
 
 def test_what_is_not_finite_is_neither_saved_nor_kept(few, tmp_path, monkeypatch, capsys):
@@ -2319,6 +2331,19 @@ def test_two_processes_train_one_run(tmp_path):
     assert [line["epoch"] for line in metrics_of(out)] == [1, 2, 3, 4]
     train.main(["--resume", str(out), "--epochs", "5"])
     assert evaluate.load_checkpoint(out)["updates"] == 25 and evaluation_of(out)
+
+
+FEW = """
+torch.cuda.device_count = lambda: 1
+train.main(sys.argv[1:])
+"""
+
+
+def test_fewer_devices_than_processes_are_one_line(tmp_path):
+    done = two_processes(tmp_path, FEW, *TINY, "--device", "cuda", "--out", str(tmp_path / "run"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: device cuda:1: no CUDA device here, or too few") == 1
+    assert "train.py" not in done.stderr  # the traceback that follows is torchrun's own
 
 
 LOST = """

@@ -33,7 +33,7 @@ import evaluate
 import models
 import rewards
 from data import Data, place, shuffled, to_input
-from devices import FIRST, LOCAL_RANK, RANK, SIZE
+from devices import FIRST, LOCAL_RANK, LOCAL_SIZE, RANK, SIZE
 from files import UserError, locked, one_line, write_json, writing
 from settings import MAY_CHANGE, check, defaults, idle, kl_weight, network, parser, rate_factor
 
@@ -189,10 +189,6 @@ class Run:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        self.write_beside()
-
-    def write_beside(self) -> None:
-        """metrics.jsonl and config.json, as the checkpoint has them."""
         with writing(self.folder / "metrics.jsonl") as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
         write_json(self.folder / "config.json", self.config | {"made_by": self.made_by})
@@ -253,7 +249,7 @@ def train(run: Run, data: Data, bar: tqdm) -> None:
                 check_finite(run, bar, x if due else None)
             if last:
                 run.seconds = time.monotonic() - started
-                end_of_epoch(run, data, beta, free_bits, bar)
+                end_of_epoch(run, data, beta, free_bits)
                 started = time.monotonic() - run.seconds
             if due:
                 run.seconds = time.monotonic() - started
@@ -282,7 +278,7 @@ def check_finite(run: Run, bar: tqdm, x: Tensor | None) -> None:
     bar.set_postfix(loss=f"{loss.item():.1f}", refresh=False)
 
 
-def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float, bar: tqdm) -> None:
+def end_of_epoch(run: Run, data: Data, beta: float, free_bits: float) -> None:
     """Logs the epoch; every --eval-every epochs the first process evaluates."""
     means = run.sums / run.seen
     values, kl = means[:, 0].tolist(), means[:, 1:].mean(dim=0).tolist()
@@ -397,6 +393,7 @@ def command(flags: dict, held: contextlib.ExitStack) -> None:
     held.enter_context(devices.group(Path(config["out"]) / evaluate.CHECKPOINT))
     device = devices.pick_device(config["device"])
     if SIZE > 1 and device.type == "cuda":
+        devices.pick_device(f"cuda:{LOCAL_SIZE - 1}")  # too few are an error of the first process
         device = devices.pick_device(f"cuda:{LOCAL_RANK}")
         torch.cuda.set_device(device)
     if not FIRST:  # what the first process downloads or decodes the others read
@@ -433,9 +430,7 @@ def begin(run: Run, data: Data, state: dict | None, flags: dict) -> None:
         (run.folder / "eval.json").unlink(missing_ok=True)
         here = devices.origin(run.device, run.dtype)
         run.made_by += [here] if here not in run.made_by else []
-    if state is None:
-        run.save()
-    run.write_beside()  # after a crash they may be of another state or run
+    run.save()  # after a crash the other files may be of another state or run
     introduce(run, data)
     for flag in idle(config, flags):
         say(f"note      --{flag.replace('_', '-')} has no effect here")
