@@ -58,10 +58,11 @@ USUAL = {  # setting: its usual value, and what --words calls another
     "latents": (None, "latents {}"),
     "mean_field": (False, "no merge"),
     "free_bits": (0, "{:g} free nats"),
+    "lr": (1e-3, "learning rate {:g}"),
     "threshold": (False, "black and white"),
     "validation": (False, "validation"),
     "kl": ("exact", "{} KL"),  # of earlier runs of HVAE and BIVA
-    "residual": (False, "residual connections"),  # of runs with a changed copy of models.py
+    "changed": (None, "{}"),  # of runs with a changed copy of models.py
 }
 
 
