@@ -3252,7 +3252,7 @@ def test_paper_to_code():
 def commands(page: str) -> list[list[str]]:
     """The words of every python command of a page that stands alone in a line or in backticks."""
     text = (HERE / page).read_text().replace(" && ", "\n")
-    text = text.replace("$row", "hvae --rl").replace("$seed", "1").replace("$n", "8")
+    text = text.replace("$arch", "hvae").replace("$objective", "--rl").replace("$n", "8")
     lines = re.findall(r"^ *python (\w+\.py .*)$", text, re.MULTILINE)
     lines += re.findall(r"`python (\w+\.py [^`]*)`", text)
     return [shlex.split(line) for line in lines if "…" not in line and "RUN" not in line]
