@@ -61,7 +61,7 @@ USUAL = {  # setting: its usual value, and what --words calls another
     "lr": (1e-3, "learning rate {:g}"),
     "threshold": (False, "black and white"),
     "validation": (False, "validation"),
-    "kl": ("exact", "{} KL"),  # of earlier runs of HVAE and BIVA
+    "kl": ("exact", "{} KL"),  # of earlier runs of HVAE
     "changed": (None, "{}"),  # of runs with a changed copy of models.py
 }
 
